@@ -1,0 +1,79 @@
+"""`hdlm VERB ...`, the same as `python -m hdlm_jax VERB ...`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from hdlm_jax.errors import UserError
+
+VERBS = {
+    "prepare": "tokenise a corpus once into fixed windows",
+    "train": "train an experiment; the same command again resumes it",
+    "evaluate": "the bound on held-out or any text, in nats, perplexity and bits per byte",
+    "sample": "generate texts from a run",
+    "draw": "pictures: a hyperschedule, the loss curve of a run",
+    "bench": "measure training or sampling speed on this machine",
+}
+DESCRIPTION = """Language models on the whole line between autoregression and diffusion, in JAX.
+
+  hdlm train --config experiments/quickstart.py --workdir runs/quickstart
+  hdlm evaluate --run runs/quickstart
+  hdlm sample --run runs/quickstart --prompt "Return " --num 4
+
+`hdlm VERB --help` explains a verb. Any field of an experiment can be set on the command line of the
+verbs that take --config: --config.model.hidden=128"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status: 0, or 2 after bad input (one line on the standard error)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        args = _parse(arguments)
+        return args.module.run(args) or 0
+    except UserError as error:
+        print(f"hdlm: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output (head, say) went away
+        return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="hdlm", description=DESCRIPTION, formatter_class=kind)
+    from hdlm_jax import __version__
+
+    parser.add_argument("--version", action="version", version=f"hdlm_jax {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    asked = next((a for a in arguments if not a.startswith("-")), None)
+    for name, summary in VERBS.items():
+        sub = verbs.add_parser(name, help=summary, description=summary, formatter_class=kind)
+        if name == asked:  # a verb's imports are heavy: only those of the one asked for
+            module = importlib.import_module(f"hdlm_jax.verbs.{name}")
+            sub.description = module.__doc__
+            module.add_arguments(sub)
+            sub.set_defaults(module=module)
+    args, rest = parser.parse_known_args(arguments)
+    args.overrides = _overrides(rest, hasattr(args, "config"))
+    return args
+
+
+def _overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
+    """{"model.hidden": "128"} from ["--config.model.hidden=128"], also with a space for the equals sign."""
+    found, i = {}, 0
+    while i < len(rest):
+        name, equals, value = rest[i].partition("=")
+        if not takes_config or not name.startswith("--config."):
+            raise UserError(f"{rest[i]}: no such flag; see --help")
+        if not equals:
+            i += 1
+            if i == len(rest):
+                raise UserError(f"{name}: no value given")
+            value = rest[i]
+        found[name.removeprefix("--config.")] = value
+        i += 1
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

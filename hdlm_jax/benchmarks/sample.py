@@ -1,0 +1,95 @@
+"""Speed of generation, against the same network without a cache and against quenched autoregression."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from hdlm_jax.benchmarks.timing import seconds
+from hdlm_jax.diffusion import hyperschedules
+from hdlm_jax.diffusion.hyperschedules import Hyperschedule
+from hdlm_jax.generation import loop, sampling
+from hdlm_jax.models import attention, cache, transformer
+from hdlm_jax.models import parts as builders
+
+RECOMPUTED_STEPS = 2  # steps of the loop without a cache that are timed; its cost per step does not change
+
+
+def measure(config: ConfigDict, num_tokens: int, hs: Hyperschedule, batch: int, repeats: int) -> dict:
+    """Times generation of `batch` texts of hs.length tokens with random weights.
+
+    Returns:
+      tokens/s, model calls, milliseconds and rows per call, cache bytes, the share of a call spent in
+      attention over the cache (that attention alone, timed at the mean filling), and the speed relative to
+      recomputing all rows and to quenched generation with the same network.
+    """
+    parts, params = _network(config, num_tokens)
+    chain = sampling.chain(parts, hs, config.sampler)
+    texts = batch * hs.length
+    full = parts.model.visibility == "full"
+    time = seconds(_generation(chain, params, batch, hs.num_steps, full), repeats)
+    step = seconds(_generation(chain, params, batch, RECOMPUTED_STEPS, True), repeats) / RECOMPUTED_STEPS
+    row = {
+        "hyperschedule": hs.kind,
+        "L": hs.length,
+        "batch": batch,
+        "width": hs.width,
+        "rate": str(hs.rate),
+        "calls": hs.num_steps,
+        "tokens/s": texts / time,
+        "ms/call": 1e3 * time / hs.num_steps,
+        "ms/call without cache": 1e3 * step,
+        "x without cache": step * hs.num_steps / time,
+    }
+    if full:
+        return row | {"rows/call": hs.length}
+    rows = hs.width + loop.trailing_row(chain) + loop.settling_rows(chain) / (hs.tau_max if hs.kind == "block" else 1)
+    mean_slots = (min(hs.length, loop.SEGMENT) + hs.length) // 2
+    attending = seconds(_cache_attention(parts.model, batch, round(rows), mean_slots), repeats)
+    ar = sampling.chain(parts, hyperschedules.quenched(hs.length), config.sampler)
+    ar_time = seconds(_generation(ar, params, batch, hs.length, False), repeats)
+    return row | {
+        "rows/call": rows,
+        "cache bytes": cache.num_bytes(parts.model, batch, hs.length, jnp.float32),
+        "cache attention": attending / (time / hs.num_steps),
+        "x quenched": ar_time / time,
+    }
+
+
+def _network(config: ConfigDict, num_tokens: int) -> tuple[builders.Parts, dict]:
+    parts = builders.build(config, num_tokens, bos_id=num_tokens - 1)
+    params = transformer.init(parts.model, jax.random.key(0))
+    scale = parts.model.hidden**-0.5
+    params["head_kernel"] = scale * jax.random.normal(jax.random.key(1), params["head_kernel"].shape)
+    return parts, params
+
+
+def _generation(chain: loop.Chain, params: dict, batch: int, steps: int, recomputed: bool):
+    length = chain.hs.length
+    rng_B = jax.random.split(jax.random.key(2), batch)
+    x_BxL = jnp.full((batch, length), chain.process.mask, jnp.int32)
+    origin_B = jnp.zeros(batch, jnp.int32)
+    run = functools.partial(_recomputed, chain, steps) if recomputed else functools.partial(_cached, chain)
+    run = jax.jit(run)
+    return lambda: run(params, rng_B, x_BxL, origin_B)
+
+
+def _cached(chain, params, rng_B, x_BxL, origin_B) -> Array:
+    return loop.cached(chain, params, rng_B, x_BxL, origin_B, longest_prompt=0)[0]
+
+
+def _recomputed(chain, steps, params, rng_B, x_BxL, origin_B) -> Array:
+    return loop.recomputed(chain, params, rng_B, x_BxL, origin_B, steps=steps)[0]
+
+
+def _cache_attention(model: transformer.TransformerConfig, batch: int, rows: int, slots: int):
+    """All blocks' attention of one call over `slots` cache slots."""
+    shape = lambda count: (model.blocks, batch, count, model.heads, model.head_size)
+    values = np.random.default_rng(0).standard_normal(shape(slots), np.float32)
+    q, kv = jnp.asarray(values[:, :, :1]) * jnp.ones(shape(rows)), jnp.asarray(values)
+    attend = attention.dense(jnp.ones((1, rows, slots), bool))
+    run = jax.jit(lambda q, kv: [attend(q[i], kv[i], kv[i], None, None) for i in range(model.blocks)])
+    return lambda: run(q, kv)

@@ -1,0 +1,246 @@
+"""The experiment: its default fields, overrides, validation, and JSON in and out.
+
+An experiment file defines `get_config(arg="")` and returns `default()` with fields changed; the
+argument after a colon (`x.py:smoke`) picks a variant. Each part of the package turns its own block
+into its own dataclass or factory and checks the ranges there; here only names and types are held.
+"""
+
+import difflib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from hdlm_jax.errors import UserError, require, unknown
+
+
+def default() -> ConfigDict:
+    """Every field of an experiment with its default, locked: unknown names are refused."""
+    optional = config_dict.placeholder
+    c = ConfigDict()
+    c.seed = 0
+    c.data = ConfigDict(
+        {
+            "source": "python_docs",  # 'python_docs' | 'text' | 'tfds'
+            "path": "",  # text: files or globs, separated by commas
+            "tfds_name": "",  # tfds: any data set with a text field, prepared as ArrayRecord
+            "tfds_dir": "",  # tfds: its data_dir ('' = the TFDS default)
+            "tfds_field": "text",
+            "held_out": 0.05,  # share of the documents held out
+            "held_out_path": "",  # text: separate held-out files, instead of a share
+            "tokenizer": "bytes",  # 'bytes' | 'sentencepiece' (trained on the corpus) | a .model file
+            "vocab_size": 2048,  # N of a sentencepiece model trained here
+            "length": 128,  # L, tokens per window
+            "prepared": "",  # a folder written by `hdlm prepare` ('' = prepare inside the run folder)
+        }
+    )
+    c.model = ConfigDict(
+        {
+            "hidden": 256,  # D
+            "blocks": 6,
+            "heads": 4,  # H
+            "mlp_ratio": 4,  # F / D
+            "dropout": 0.1,
+            "prediction": "aligned",  # 'aligned' (row i predicts token i) | 'shifted' (row i - 1 does)
+            "visibility": "full",  # 'full' | 'prefix' (settled rows causal, window sees settled + itself)
+            "context": "causal",  # among settled rows
+            "conditioning": 0,  # width of the noise-level embedding; 0 = the network does not see it
+            "interpolation": 0.0,  # drift of the input embedding to the mask's, e^{-interpolation sigma}
+            "rotary_base": 10_000.0,
+            "vocabulary_multiple": 128,  # embedding and head rows are padded to a multiple of this
+            "remat": "full",  # 'none' | 'full': recompute blocks in the backward pass
+            "dtype": "float32",  # activations: 'float32' | 'bfloat16'
+        }
+    )
+    c.hyperschedule = ConfigDict(
+        {
+            "kind": "flat",  # 'quenched' | 'flat' | 'block' | 'slide' | 'block_slide' | 'ar_diffusion'
+            "steps": optional(int),  # flat, ar_diffusion: generation steps (training draws continuous times)
+            "width": optional(int),  # block, slide, block_slide: window rows
+            "rate": optional(str),  # tokens settled per call, '2' or '3/2'
+            "block": optional(int),  # block_slide: tokens in which the slide restarts
+        }
+    )
+    c.noise_schedule = ConfigDict(
+        {
+            "kind": "linear",  # 'linear' | 'cosine' | 'polynomial' | 'geometric' | 'clipped'
+            "eps": optional(float),
+            "w": optional(float),
+            "smin": optional(float),
+            "smax": optional(float),
+            "base": optional(str),
+        }
+    )
+    c.noising = ConfigDict(
+        {
+            "kind": "epsilon_hybrid",  # 'absorb' | 'uniform' | 'epsilon_hybrid' | 'gamma_hybrid'
+            "epsilon": optional(float),  # [0, 1), share of shuffled tokens among the unmasked
+            "gamma": optional(float),  # [0, 1), share of the uniform clock
+        }
+    )
+    c.loss = ConfigDict(
+        {
+            "kind": "hybrid_cross_entropy",  # 'hybrid_cross_entropy' | 'epsilon_nelbo' | 'absorb_nelbo'
+            "token_weight": 1.0,  # lambda: weight of unmasked tokens (hybrid_cross_entropy)
+            "inverse_survival": True,  # divide the token weights by 1 - p, as published for flat training
+            "reconstruction_share": 0.1,  # epsilon_nelbo, continuous times: share of rows at 0+
+            "noise_range": (0.0, 1.0),  # training only: draw noise fractions from this range
+            "origin_share": 0.5,  # prefix training: share of rows whose text starts at a random origin
+            "rows_per_chunk": 2048,  # rows whose logits exist at a time
+        }
+    )
+    c.sampler = ConfigDict(
+        {
+            "kind": "acs",  # 'ancestral' | 'acs' | 'acs_published'
+            "eta": 0.25,  # acs: strength of the correction, in [0, 1]
+            "steps": 128,  # flat: model calls
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,  # 0 = off
+            "untrained_correction": False,  # allow acs for a run trained on epsilon_nelbo (it never saw tokens)
+        }
+    )
+    c.optimizer = ConfigDict(
+        {
+            "learning_rate": 3e-4,
+            "schedule": "cosine",  # 'cosine' | 'linear' | 'constant', after the warm-up
+            "warmup": 100,  # steps
+            "final_share": 0.1,  # learning rate at the end / peak
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "eps": 1e-8,
+            "weight_decay": 0.1,  # matrices only
+            "clip": 1.0,  # global gradient norm; 0 = off
+            "ema": 0.9999,  # decay min(ema, (1 + n) / (10 + n)); 0 = off
+        }
+    )
+    c.training = ConfigDict(
+        {
+            "steps": 1000,
+            "batch": 32,  # texts per optimizer step, over all devices
+            "accumulation": 1,  # passes per optimizer step
+            "log_every": 20,  # steps
+            "evaluate_every": 250,  # steps; 0 = only at the end
+            "evaluate_batches": 8,  # held-out batches per evaluation
+            "sample_every": 0,  # steps; 0 = only at the end
+            "checkpoint_every": 250,  # steps
+            "keep": 3,  # newest checkpoints kept, beside the best
+            "max_skipped": 10,  # steps in a row without a finite loss and gradient after which the run stops
+        }
+    )
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the devices that are left
+    c.lock()
+    return c
+
+
+def load(spec: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
+    """Reads an experiment file (`path.py` or `path.py:argument`) and applies dotted overrides.
+
+    Raises:
+      UserError: no such file, no `get_config`, an argument it does not know, an unknown field, a
+        value of another type.
+    """
+    path, _, argument = spec.partition(":")
+    file = Path(path)
+    known = sorted(str(p) for p in Path("experiments").rglob("*.py"))
+    if not file.is_file():
+        raise unknown("--config", path, known)
+    module_spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    require(hasattr(module, "get_config"), "--config", path, "a file that defines get_config(arg='')")
+    config = module.get_config(argument) if argument else module.get_config()
+    return override(config, overrides or {})
+
+
+def variant(argument: str, *choices: str) -> str:
+    """The experiment argument, refused unless it is '' or one of `choices`.
+
+    >>> variant("smoke", "smoke")
+    'smoke'
+    """
+    if argument and argument not in choices:
+        raise unknown("--config argument", argument, choices)
+    return argument
+
+
+def override(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
+    """Sets dotted fields, e.g. {"model.hidden": "128"}; strings are read as the field's type.
+
+    >>> override(default(), {"model.hidden": "64"}).model.hidden
+    64
+    """
+    for name, value in overrides.items():
+        block, leaf = config, name
+        while "." in leaf:
+            head, leaf = leaf.split(".", 1)
+            if head not in block or not isinstance(block[head], ConfigDict):
+                raise unknown(name, head, block)
+            block = block[head]
+        if leaf not in block or isinstance(block[leaf], ConfigDict):
+            raise unknown(name, leaf, [k for k in block if not isinstance(block[k], ConfigDict)])
+        kind = block.get_type(leaf)
+        block[leaf] = _convert(name, value, kind)
+    return config
+
+
+def _convert(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, str) or kind is str:
+        return value
+    if kind is bool:
+        words = {"true": True, "1": True, "false": False, "0": False}
+        require(value.lower() in words, name, value, "true or false")
+        return words[value.lower()]
+    try:
+        return tuple(float(v) for v in value.strip("()").split(",")) if kind is tuple else kind(value)
+    except ValueError as error:
+        raise UserError(f"{name}: got {value!r}; allowed: {kind.__name__}") from error
+
+
+def block_fields(block: ConfigDict) -> tuple[str, dict[str, Any]]:
+    """A block with a `kind`: the kind and the fields that are set.
+
+    >>> block_fields(override(default(), {"noising.epsilon": "0.01"}).noising)
+    ('epsilon_hybrid', {'epsilon': 0.01})
+    """
+    fields = {k: v for k, v in block.items() if k != "kind" and v is not None}
+    return block.kind, fields
+
+
+def to_json(config: ConfigDict) -> str:
+    """The experiment as indented JSON, keys sorted."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Reads `to_json`'s output; unknown or missing fields are refused by name."""
+    config = default()
+    given, known = _flat(json.loads(text)), _flat(config.to_dict())
+    for name in given:
+        if name not in known:
+            raise unknown("config.json", name, known)
+    missing = sorted(set(known) - set(given))
+    require(not missing, "config.json", f"no {', '.join(missing)}", "every field of the default experiment")
+    for name, value in given.items():
+        override(config, {name: tuple(value) if isinstance(value, list) else value})
+    return config
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> str:
+    """A unified diff of two experiments' JSON, empty when they are equal."""
+    lines = difflib.unified_diff(
+        to_json(old).splitlines(), to_json(new).splitlines(), "run folder", "this command", lineterm="", n=0
+    )
+    return "\n".join(line for line in lines if not line.startswith("@@"))
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out

@@ -1,0 +1,216 @@
+"""One reverse step per position: from the noised token at alpha_t to the one at alpha_s >= alpha_t.
+
+Each sampler is a factory that returns a `ReverseStep`: the exact table of one position, and the fast draw for
+whole windows, where every position has its own alphas and those with alpha_s = alpha_t stay as they are. With
+p = p(x | z) read from the network, p~ = (1 - epsilon) p + epsilon/N and pt = (alpha_s - alpha_t)/(1 - alpha_t):
+
+  ancestral       the model's own reverse chain; absorb and epsilon: a mask becomes a token of p~ with
+                  probability pt, an unmasked token stays
+  acs             masks as above; an unmasked token is drawn again from p~ with probability eta (1 - pt). For
+                  every eta this keeps the epsilon-hybrid marginals exactly (Fathi et al. 2025 propose it
+                  with p in place of p~, which drifts by O(epsilon))
+  acs_published   the published form: the raw network output in place of p~, and no exact last step
+
+The step to alpha_s = 1 is a position's last and exact: x ~ p, masked or not, without the smoothing; what is
+still wrong is repaired there. Temperature and other filters belong on the logits before the step.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hdlm_jax.diffusion.categorical import categorical
+from hdlm_jax.diffusion.fields import arguments, number
+from hdlm_jax.diffusion.noising import NoisingProcess, to_posterior, unmasked_share
+from hdlm_jax.errors import UserError, choose
+
+
+class ReverseStep(NamedTuple):
+    """A sampler's reverse step.
+
+    Attributes:
+      name: as in `sampler.kind`.
+      kernel: (zt, x0_probs_N, alpha_t, alpha_s) -> [V], the law of the next token of one position.
+      step: (rng, zt_BxW, logits_BxWxN, alpha_t_BxW, alpha_s_BxW) -> zs_BxW, one draw of every position; any
+        leading shape will do, and logits may have V columns (the mask's is left out).
+    """
+
+    name: str
+    kernel: Callable[[Array, Array, Array, Array], Array]
+    step: Callable[[Array, Array, Array, Array, Array], Array]
+
+
+class Resampling(NamedTuple):
+    """The steps that leave a token or draw it again from the network's prediction.
+
+    Attributes:
+      process: absorb, epsilon_hybrid, or another whose unmasked tokens are frozen.
+      eta: strength of the correction of unmasked tokens.
+      reading: how the network is read; None takes its raw output for p(x | z).
+      smoothing: share of uniform tokens mixed into the prediction.
+      exact_last: whether the last step draws every token from p(x | z).
+    """
+
+    process: NoisingProcess
+    eta: float
+    reading: str | None
+    smoothing: float
+    exact_last: bool
+
+
+def ancestral(process: NoisingProcess, reading: str | None = None) -> ReverseStep:
+    """The model's own reverse chain, for every process. `reading` None is the process's own.
+
+    Raises:
+      UserError: a reading that the process does not know.
+
+    >>> from hdlm_jax.diffusion.noising import absorb
+    >>> step = ancestral(absorb(num_tokens=2)).step
+    >>> zt_W, logits_WxN = jnp.array([2, 0]), jnp.array([[0.0, 99.0], [0.0, 99.0]])
+    >>> step(jax.random.key(0), zt_W, logits_WxN, jnp.zeros(2), jnp.ones(2)).tolist()
+    [1, 0]
+    """
+    reading = _reading(process, reading)
+    kernel = partial(process.reverse, reading=reading)
+    if not process.frozen:
+        return ReverseStep("ancestral", kernel, partial(_table_step, kernel, process.num_tokens))
+    rule = Resampling(process, 0.0, reading, process.epsilon, exact_last=True)
+    return ReverseStep("ancestral", kernel, partial(_resampling_step, rule))
+
+
+def acs(process: NoisingProcess, eta: float, reading: str | None = None) -> ReverseStep:
+    """Adaptive correction: unmasked tokens are drawn again with probability eta (1 - pt).
+
+    Raises:
+      UserError: not an epsilon-hybrid process, eta outside [0, 1], an unknown reading.
+    """
+    _require_epsilon_hybrid("acs", process)
+    return _resampling("acs", Resampling(process, _eta(eta), _reading(process, reading), process.epsilon, True))
+
+
+def acs_published(process: NoisingProcess, eta: float, reading: str | None = None) -> ReverseStep:
+    """The correction as published: the network's raw output at masks and tokens, no exact last step.
+
+    For comparison with the paper's tables. `reading` is checked and has no effect.
+
+    Raises:
+      UserError: not an epsilon-hybrid process, eta outside [0, 1], an unknown reading.
+    """
+    _require_epsilon_hybrid("acs_published", process)
+    _reading(process, reading)
+    return _resampling("acs_published", Resampling(process, _eta(eta), None, 0.0, exact_last=False))
+
+
+SAMPLERS: Mapping[str, Callable[..., ReverseStep]] = {
+    "ancestral": ancestral,
+    "acs": acs,
+    "acs_published": acs_published,
+}
+
+
+def build(kind: str, process: NoisingProcess, reading: str | None = None, **dials: Any) -> ReverseStep:
+    """The sampler named `kind` for a process and a reading; a dial that is None is not given.
+
+    Raises:
+      UserError: an unknown kind, a dial that it does not have or misses, a value out of range.
+
+    >>> from hdlm_jax.diffusion.noising import epsilon_hybrid
+    >>> build("acs", epsilon_hybrid(num_tokens=10, epsilon=0.1), eta=2)
+    Traceback (most recent call last):
+    ...
+    hdlm_jax.errors.UserError: sampler.eta: got 2; allowed: a number in [0, 1]
+    """
+    factory = choose("sampler.kind", kind, SAMPLERS)
+    return factory(process, **arguments("sampler", kind, factory, {"reading": reading, **dials}, skip=1))
+
+
+def _resampling(name: str, rule: Resampling) -> ReverseStep:
+    return ReverseStep(name, partial(_resampling_kernel, rule), partial(_resampling_step, rule))
+
+
+def _resampling_kernel(rule: Resampling, zt: Array, x0_probs_N: Array, alpha_t: Array, alpha_s: Array) -> Array:
+    process = rule.process
+    change, last = _change(rule, jnp.asarray(zt), jnp.asarray(alpha_t), jnp.asarray(alpha_s))
+    if rule.reading is not None:
+        x0_probs_N = to_posterior(process, zt, x0_probs_N, alpha_t, rule.reading)
+    smoothing = jnp.where(last, 0.0, rule.smoothing).astype(x0_probs_N.dtype)
+    smooth_N = (1 - smoothing) * x0_probs_N + smoothing / process.num_tokens
+    stay_V = (jnp.arange(process.num_states) == zt).astype(x0_probs_N.dtype)
+    return (1 - change) * stay_V + change * jnp.append(smooth_N, 0)
+
+
+def _resampling_step(rule: Resampling, rng: Array, zt: Array, logits: Array, alpha_t: Array, alpha_s: Array) -> Array:
+    N = rule.process.num_tokens
+    x0_rng, token_rng, decision_rng = jax.random.split(rng, 3)
+    alpha_t, alpha_s = jnp.broadcast_to(alpha_t, zt.shape), jnp.broadcast_to(alpha_s, zt.shape)
+    change, last = _change(rule, zt, alpha_t, alpha_s)
+    x0 = categorical(x0_rng, _posterior_logits(rule, zt, logits[..., :N])).astype(zt.dtype)
+    change_u, smooth_u = jax.random.uniform(decision_rng, (2, *zt.shape), change.dtype)
+    if rule.smoothing > 0:
+        random = jax.random.randint(token_rng, zt.shape, 0, N, zt.dtype)
+        x0 = jnp.where((smooth_u < rule.smoothing) & ~last, random, x0)
+    return jnp.where(change_u < change, x0, zt)
+
+
+def _change(rule: Resampling, zt: Array, alpha_t: Array, alpha_s: Array) -> tuple[Array, Array]:
+    """Probability that a position draws its token again, and whether this is its exact last step."""
+    before, after = (unmasked_share(alpha, rule.process.alpha_max) for alpha in (alpha_t, alpha_s))
+    masked = 1 - before
+    transfer = jnp.where(masked > 0, (after - before) / jnp.where(masked > 0, masked, 1), 1)
+    last = (alpha_s >= 1) & rule.exact_last
+    token = jnp.where(last, 1, rule.eta * (1 - transfer)).astype(transfer.dtype)
+    if math.isinf(_odds(rule)):  # an unmasked token is clean: drawing it again would give it back
+        token = jnp.zeros_like(token)
+    change = jnp.where(zt == rule.process.mask, transfer, token)
+    return jnp.where(alpha_s > alpha_t, change, 0), last
+
+
+def _posterior_logits(rule: Resampling, zt: Array, logits: Array) -> Array:
+    """Logits of p(x | zt): the network's, raised by the log odds at x = zt; at masks as they are."""
+    odds = _odds(rule)
+    if odds == 0 or math.isinf(odds):
+        return logits
+    ids = jax.lax.broadcasted_iota(zt.dtype, logits.shape, logits.ndim - 1)
+    return jnp.where(ids == zt[..., None], logits + odds, logits)
+
+
+def _odds(rule: Resampling) -> float:
+    return 0.0 if rule.reading is None else rule.process.log_odds(rule.reading)
+
+
+def _table_step(
+    kernel: Callable[..., Array],
+    num_tokens: int,
+    rng: Array,
+    zt: Array,
+    logits: Array,
+    alpha_t: Array,
+    alpha_s: Array,
+) -> Array:
+    """Draws from the kernel's tables, for processes in which every token may change."""
+    alpha_t, alpha_s = jnp.broadcast_to(alpha_t, zt.shape), jnp.broadcast_to(alpha_s, zt.shape)
+    x0_probs = jax.nn.softmax(logits[..., :num_tokens], axis=-1)
+    tables = jnp.vectorize(kernel, signature="(),(n),(),()->(v)")(zt, x0_probs, alpha_t, alpha_s)
+    return categorical(rng, jnp.log(tables)).astype(zt.dtype)
+
+
+def _reading(process: NoisingProcess, reading: str | None) -> str:
+    reading = process.reading if reading is None else reading
+    return choose("noising.reading", reading, {name: name for name in process.readings})
+
+
+def _eta(eta: Any) -> float:
+    return number("sampler.eta", eta, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+
+
+def _require_epsilon_hybrid(kind: str, process: NoisingProcess) -> None:
+    if process.name != "epsilon_hybrid":
+        raise UserError(
+            f"sampler.kind: got {kind!r} with noising.kind {process.name!r}; allowed: 'ancestral' (only an"
+            " epsilon_hybrid network learns to correct the tokens that it sees)"
+        )

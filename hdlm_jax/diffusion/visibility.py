@@ -1,0 +1,101 @@
+"""Who may attend to whom: predicates on rows, from which every attention backend draws its mask.
+
+A row is named by the token it predicts. Row r of an aligned model holds token r at position r; row r
+of a shifted model holds token r - 1 at position r - 1 (BOS for r = 0). So named, both kinds obey the
+same rules:
+
+- a *settled* row sees settled rows up to itself, never active or worthless ones;
+- an *active* row, in the window [start, stop), sees the settled rows before start and its whole window;
+- a *trailing* row (shifted models only) is row stop: it holds the window's last token and predicts
+  nothing here; it belongs to the window and is needed when that token may carry information;
+- a *worthless* row is seen by nobody (and sees itself, so that its softmax has a term).
+
+With `full` visibility every row sees every row. Arguments broadcast; numpy and JAX arrays both work.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from hdlm_jax.diffusion.hyperschedules import Hyperschedule
+from hdlm_jax.diffusion.noise_schedules import NoiseSchedule
+from hdlm_jax.errors import UserError
+
+
+def settled_sees(query, key):
+    """Among settled rows: causal.
+
+    >>> settled_sees(3, 3), settled_sees(3, 4)
+    (True, False)
+    """
+    return key <= query
+
+
+def active_sees_settled(start, key):
+    """An active row, by its window's start, sees the settled rows before the window.
+
+    >>> active_sees_settled(4, 3), active_sees_settled(4, 4)
+    (True, False)
+    """
+    return key < start
+
+
+def active_sees_active(query_start, key_start):
+    """Active rows see one another when their windows start at the same place (and never elsewhere)."""
+    return query_start == key_start
+
+
+def one_text(query, key, start, stop):
+    """The plain layout: row `query` sees row `key` when the window is [start, stop).
+
+    For a shifted model pass stop + 1, so that the trailing row counts as part of the window.
+
+    >>> import numpy as np
+    >>> r = np.arange(5)
+    >>> one_text(r[:, None], r[None, :], 2, 4).astype(int)
+    array([[1, 0, 0, 0, 0],
+           [1, 1, 0, 0, 0],
+           [1, 1, 1, 1, 0],
+           [1, 1, 1, 1, 0],
+           [0, 0, 0, 0, 1]])
+    """
+    settled = (query < start) & settled_sees(query, key)
+    active = (query >= start) & (query < stop) & (key < stop)
+    return settled | active | (query == key)
+
+
+@functools.cache
+def trailing_row_matters(hs: Hyperschedule, schedule: NoiseSchedule) -> bool:
+    """Whether a window's last token can be anything but pure noise, so that a shifted model must feed it.
+
+    False when pure noise keeps nothing (alpha(1) = 0) and either every step is the last of its position
+    (tau_max 1) or every call starts at least one new position (a slide with rate >= 1).
+    """
+    with jax.ensure_compile_time_eval():
+        keeps = float(schedule.alpha(jnp.ones(()))) > 0
+    fresh = hs.tau_max == 1 or (hs.kind == "slide" and hs.rate >= 1)
+    return keeps or not fresh
+
+
+def check_sampling(visibility: str, trained_width: int, hs: Hyperschedule) -> None:
+    """Refuses hyperschedules that a trained model cannot sample exactly.
+
+    A `full` model takes any (all rows are fed; the levels only order the work). A `prefix` model takes
+    those that settle left to right, with a window no wider than trained.
+
+    Raises:
+      UserError: with the reason.
+    """
+    if visibility == "full":
+        return
+    if not hs.settles_prefix:
+        raise UserError(
+            f"hyperschedule.kind: got {hs.kind!r}; allowed for a 'prefix' model: those that settle from left"
+            " to right (quenched, block, slide, block_slide), since its rows never see past the window"
+        )
+    if hs.width > trained_width:
+        raise UserError(
+            f"hyperschedule.width: got {hs.width}; allowed for this 'prefix' model: at most {trained_width},"
+            " the widest window it was trained on"
+        )

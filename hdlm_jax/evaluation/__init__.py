@@ -1,0 +1,1 @@
+"""Evaluation: the bound on held-out or any text."""

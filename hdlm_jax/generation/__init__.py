@@ -1,0 +1,1 @@
+"""Generation: the scan over generation steps, with and without the exact KV cache."""

@@ -1,0 +1,101 @@
+"""From prompts to texts: the chain of a run's settings, and its draws."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from hdlm_jax.data.tokenizers import Tokenizer
+from hdlm_jax.diffusion import visibility
+from hdlm_jax.diffusion.categorical import filter_logits
+from hdlm_jax.diffusion.hyperschedules import Hyperschedule
+from hdlm_jax.errors import UserError, require
+from hdlm_jax.generation import loop
+from hdlm_jax.models.parts import Parts, build_reverse
+
+
+class Generation(NamedTuple):
+    """What `generate` returns.
+
+    Attributes:
+      texts: one per sample, without the prompt's tokens removed.
+      tokens: int32 [samples, L].
+      trajectory: int32 [T, samples, L] tokens after every step, or None.
+      hyperschedule: the one used.
+    """
+
+    texts: list[str]
+    tokens: np.ndarray
+    trajectory: np.ndarray | None
+    hyperschedule: Hyperschedule
+
+
+def chain(parts: Parts, hs: Hyperschedule, sampler: ConfigDict) -> loop.Chain:
+    """The chain that generates under `hs` with the settings of a `sampler` block.
+
+    Equal settings give the same object, and so the same compiled program.
+
+    Raises:
+      UserError: a hyperschedule that this model cannot sample exactly, an unknown sampler, a dial out of
+        range, corrections by a network that was not trained to make them.
+    """
+    visibility.check_sampling(parts.model.visibility, parts.hs.width, hs)
+    return _chain(parts, hs, tuple(sorted(sampler.items())))
+
+
+def draw(
+    chain: loop.Chain,
+    params: dict,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    length: int,
+    seed: int = 0,
+    record: bool = False,
+) -> Generation:
+    """One text of `length` tokens for each prompt.
+
+    Raises:
+      UserError: no prompt at all, or one that leaves no room.
+    """
+    require(len(prompts) > 0, "prompt", prompts, "at least one text")
+    x_BxL = np.zeros((len(prompts), length), np.int32)
+    origin_B = np.zeros(len(prompts), np.int32)
+    for i, text in enumerate(prompts):
+        ids = tokenizer.encode(text) if text else x_BxL[i, :0]
+        require(len(ids) < length, "prompt", f"{len(ids)} tokens", f"fewer than the text's {length} tokens")
+        x_BxL[i, : len(ids)], origin_B[i] = ids, len(ids)
+    prior_rng, rng = jax.random.split(jax.random.key(seed))
+    noise = chain.process.prior(prior_rng, x_BxL.shape)
+    given = np.arange(length)[None, :] < origin_B[:, None]
+    x_BxL = jnp.where(given, x_BxL, noise).astype(jnp.int32)
+    rng_B = jax.random.split(rng, len(prompts))
+    longest = int(origin_B.max())
+    tokens, history = _run(chain, longest, record, params, rng_B, x_BxL, jnp.asarray(origin_B))
+    tokens = np.asarray(tokens)
+    texts = [tokenizer.decode(row, end_of_text="\n") for row in tokens]
+    return Generation(texts, tokens, None if history is None else np.asarray(history), chain.hs)
+
+
+@functools.lru_cache(maxsize=64)
+def _chain(parts: Parts, hs: Hyperschedule, sampler: tuple) -> loop.Chain:
+    s = ConfigDict(dict(sampler))
+    corrects = s.kind in ("acs", "acs_published") and s.eta > 0
+    if corrects and parts.loss.name == "epsilon_nelbo" and not s.untrained_correction:
+        raise UserError(
+            f"sampler.eta: got {s.eta} for a run trained on epsilon_nelbo, which shows the network tokens only at 0+;"
+            " allowed: 0, or sampler.untrained_correction=true"
+        )
+    reverse = build_reverse(s, parts.process, parts.loss.reading)
+    shape = functools.partial(filter_logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+    return loop.Chain(parts.model, hs, parts.schedule, parts.process, reverse, shape)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(chain: loop.Chain, longest_prompt: int, record: bool, params, rng_B, x_BxL, origin_B):
+    if chain.config.visibility == "full":
+        return loop.recomputed(chain, params, rng_B, x_BxL, origin_B, record)
+    return loop.cached(chain, params, rng_B, x_BxL, origin_B, longest_prompt, record)

@@ -1,0 +1,196 @@
+"""The loaded model: generate, perplexity, logits.
+
+>>> import hdlm_jax as hdlm                                        # doctest: +SKIP
+>>> lm = hdlm.load("runs/quickstart")                              # doctest: +SKIP
+>>> lm.generate(prompt="def ", num_samples=4, seed=0).texts        # doctest: +SKIP
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from hdlm_jax import config as configs
+from hdlm_jax.data import pipeline, prepare, tokenizers
+from hdlm_jax.diffusion import hyperschedules
+from hdlm_jax.diffusion.hyperschedules import Hyperschedule
+from hdlm_jax.errors import require
+from hdlm_jax.evaluation import perplexity
+from hdlm_jax.evaluation.perplexity import Bound
+from hdlm_jax.generation import sampling
+from hdlm_jax.generation.sampling import Generation
+from hdlm_jax.models import layouts
+from hdlm_jax.models import parts as builders
+from hdlm_jax.models.transformer import forward, init, logits
+from hdlm_jax.training import checkpoints, run_folder
+
+HYPERSCHEDULE_FIELDS = ("width", "rate", "block", "steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A trained model with its experiment and tokenizer; see `load`."""
+
+    config: ConfigDict
+    parts: builders.Parts
+    params: dict
+    tokenizer: tokenizers.Tokenizer
+    step: int
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        num_samples: int = 1,
+        length: int | None = None,
+        seed: int = 0,
+        record: bool = False,
+        hyperschedule: str | Hyperschedule | None = None,
+        sampler: str | None = None,
+        **dials: Any,
+    ) -> Generation:
+        """Generates texts.
+
+        Args:
+          prompt: a text for all samples, or one text per sample.
+          num_samples: how many texts (for a single prompt).
+          length: tokens in all, prompt included; default and limit: the trained length.
+          seed: of the draws; the same seed gives the same texts.
+          record: also return the tokens after every step.
+          hyperschedule: a kind (with `width`, `rate`, `block`, `steps` among the dials) or a `Hyperschedule`;
+            default: the experiment's.
+          sampler: 'ancestral', 'acs' or 'acs_published'; default: the experiment's.
+          **dials: eta, temperature, top_p, top_k, steps, width, rate, block.
+
+        Raises:
+          UserError: an unknown name, a dial out of range, a prompt that is too long, a hyperschedule that
+            this model cannot sample exactly.
+        """
+        c = self._with_dials(sampler, dials)
+        length = self.parts.model.length if length is None else length
+        allowed = f"1 .. {self.parts.model.length}, the trained length"
+        require(1 <= length <= self.parts.model.length, "length", length, allowed)
+        require(num_samples >= 1, "num_samples", num_samples, "a positive integer")
+        prompts = [prompt] * num_samples if isinstance(prompt, str) else list(prompt)
+        hs = self._hyperschedule(c, hyperschedule, dials, length)
+        chain = sampling.chain(self.parts, hs, c.sampler)
+        return sampling.draw(chain, self.params, self.tokenizer, prompts, length, seed, record)
+
+    def perplexity(self, text_or_path: str | Path, draws: int = 4, seed: int = 0, batch: int = 32) -> Bound:
+        """The bound on a text, or on the file of that name: see `evaluation.perplexity.Bound`.
+
+        Raises:
+          UserError: an empty or binary file, no text, fewer than two draws.
+        """
+        text = _read(text_or_path)
+        windows = pipeline.windows_of_text(text, self.tokenizer, self.parts.model.length)
+        tokens = int(windows.valid.sum())
+        draw = perplexity.estimator(self.parts, self.parts.loss.reading)
+        rows = _batches(windows.tokens, windows.valid, batch)
+        per_token = windows.num_bytes / tokens
+        name = perplexity.name_of(self.parts)
+        return perplexity.estimate(draw, self.params, rows, per_token, draws, seed, name)
+
+    def held_out(
+        self, folder: str | Path, draws: int = 4, seed: int = 0, batch: int = 32, windows: int = 0
+    ) -> tuple[Bound, float]:
+        """The bound on the held-out split of a run folder, and the unigram byte model's bits per byte.
+
+        Args:
+          folder: the run folder whose data to read.
+          windows: only the first so many; 0 takes all.
+        """
+        data = prepare.open_or_prepare(self.config.data.to_dict(), Path(folder) / "data")
+        split = data.manifest["splits"]["held_out"]
+        require(windows >= 0, "--windows", windows, "0 (all) or a positive integer")
+        count = min(windows or len(data.held_out), len(data.held_out))
+        tokens = np.stack([data.held_out[i] for i in range(count)])
+        rows = _batches(tokens, np.ones(tokens.shape, bool), batch)
+        draw, name = perplexity.estimator(self.parts, self.parts.loss.reading), perplexity.name_of(self.parts)
+        per_token = split["bytes"] / split["tokens"]
+        bound = perplexity.estimate(draw, self.params, rows, per_token, draws, seed, name)
+        return bound, data.manifest["unigram_bits_per_byte"]
+
+    def logits(self, tokens_BxL: Array, sigma: Array | None = None) -> Array:
+        """Scores float32 [B, L, V] for every position, every row seeing what `visibility` lets it; -inf at the mask.
+
+        Args:
+          tokens_BxL: int32, ordinary tokens or the mask.
+          sigma: [B, L] noise levels, for conditioned models only.
+        """
+        model = self.parts.model
+        B, L = tokens_BxL.shape
+        require(model.length >= L, "tokens", f"{L} positions", f"at most {model.length}, the trained length")
+        if model.conditioning:
+            require(sigma is not None, "sigma", sigma, "noise levels [B, L]: this model is conditioned on them")
+        rows = layouts.whole_window(model, jnp.asarray(tokens_BxL))
+        level = None if sigma is None else layouts.held(model, jnp.asarray(sigma), rows.tokens.shape[1], 0.0)
+        hidden, _ = forward(model, self.params, rows.tokens, rows.positions, rows.attention, sigma_BxR=level)
+        return logits(model, self.params, hidden[:, :L])
+
+    def _with_dials(self, sampler: str | None, dials: dict) -> ConfigDict:
+        c = configs.from_json(configs.to_json(self.config))
+        names = {name for name in c.sampler if name != "kind"} | set(HYPERSCHEDULE_FIELDS)
+        for name in dials:
+            if name not in names:
+                raise configs.unknown("generate", name, names)
+        given = {name: value for name, value in dials.items() if name in c.sampler and value is not None}
+        given |= {} if sampler is None else {"kind": sampler}
+        return configs.override(c, {f"sampler.{name}": value for name, value in given.items()})
+
+    def _hyperschedule(self, c: ConfigDict, given, dials: dict, length: int) -> Hyperschedule:
+        if isinstance(given, Hyperschedule):
+            hs = given
+            require(hs.length == length, "hyperschedule.length", hs.length, f"{length}, the text's length")
+        else:
+            fields = {name: dials[name] for name in HYPERSCHEDULE_FIELDS if dials.get(name) is not None}
+            if given is None and not fields:
+                hs = builders.build_hyperschedule(c, length)
+            else:
+                kind = given or c.hyperschedule.kind
+                if kind == "flat":
+                    fields.setdefault("steps", c.sampler.steps)
+                hs = hyperschedules.build(kind, length, **fields)
+        return hs
+
+
+def load(folder: str | Path, weights: str = "ema") -> LanguageModel:
+    """Opens a run folder.
+
+    Args:
+      folder: written by `hdlm train`.
+      weights: 'ema', the running mean, or 'raw', the last ones.
+
+    Raises:
+      UserError: no run folder, no checkpoint in it, weights that do not fit the experiment.
+    """
+    folder = Path(folder)
+    config = run_folder.read_config(folder)
+    tokenizer = tokenizers.load(folder)
+    parts = builders.build(config, tokenizer.num_tokens, tokenizer.bos_id)
+    abstract = jax.eval_shape(lambda: init(parts.model, jax.random.key(0)))
+    params, step = checkpoints.restore_params(folder / "checkpoints", abstract, weights)
+    return LanguageModel(config, parts, jax.tree.map(jnp.asarray, params), tokenizer, step)
+
+
+def _read(text_or_path: str | Path) -> str:
+    from hdlm_jax.data.corpora import read_text
+
+    is_file = isinstance(text_or_path, Path) or ("\n" not in text_or_path and Path(text_or_path[:4096]).is_file())
+    return read_text(str(text_or_path), "text") if is_file else str(text_or_path)
+
+
+def _batches(tokens, valid, batch: int):
+    """Equal batches of windows, the last one filled with rows that do not count."""
+    batch = min(batch, len(tokens))
+    for first in range(0, len(tokens), batch):
+        rows = np.arange(first, first + batch)
+        inside = rows < len(tokens)
+        rows = np.where(inside, rows, 0)
+        yield tokens[rows], valid[rows] & inside[:, None]

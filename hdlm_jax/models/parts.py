@@ -1,0 +1,121 @@
+"""The parts of an experiment, built once from its config: network, hyperschedule, noising, loss, sampler.
+
+Each factory checks its own block and names its fields in errors; here the blocks meet, and pairs that
+do not belong together are refused.
+"""
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from hdlm_jax.config import block_fields
+from hdlm_jax.diffusion import hyperschedules, losses, noise_schedules, noising, reverse
+from hdlm_jax.diffusion.hyperschedules import Hyperschedule
+from hdlm_jax.diffusion.losses import Loss
+from hdlm_jax.diffusion.noise_schedules import NoiseSchedule
+from hdlm_jax.diffusion.noising import NoisingProcess
+from hdlm_jax.diffusion.reverse import ReverseStep
+from hdlm_jax.errors import UserError, require
+from hdlm_jax.models.transformer import TransformerConfig
+
+
+class Parts(NamedTuple):
+    """Everything static that a pass, a bound or a sampler needs.
+
+    Attributes:
+      model: sizes and switches of the network.
+      hs: the hyperschedule trained under.
+      schedule: noise fraction -> survival.
+      process: the noising process.
+      loss: the training loss.
+      layout: 'continuous' (flat: one noise fraction per text), 'tiled' (clean and noised copy, every
+        position trained) or 'plain' (one generation step per text).
+      noise_range: noise fractions drawn in training.
+      origin_share: share of texts with a random origin in training.
+      reconstruction_share: share of texts at 0+ in training on the epsilon bound, continuous layout.
+      rows_per_chunk: rows whose scores exist at a time.
+    """
+
+    model: TransformerConfig
+    hs: Hyperschedule
+    schedule: NoiseSchedule
+    process: NoisingProcess
+    loss: Loss
+    layout: str
+    noise_range: tuple[float, float]
+    origin_share: float
+    reconstruction_share: float
+    rows_per_chunk: int
+
+
+def build(config: ConfigDict, num_tokens: int, bos_id: int | None) -> Parts:
+    """All parts of an experiment for a vocabulary of `num_tokens` ordinary tokens.
+
+    Raises:
+      UserError: a field out of range, an unknown name, or parts that do not fit each other.
+    """
+    length = config.data.length
+    model = TransformerConfig(num_tokens=num_tokens, length=length, bos_id=bos_id, **config.model.to_dict())
+    hs = build_hyperschedule(config, length)
+    kind, fields = block_fields(config.noise_schedule)
+    schedule = noise_schedules.build(kind, **fields)
+    kind, fields = block_fields(config.noising)
+    process = noising.build(kind, num_tokens, **fields)
+    loss = losses.build(config.loss.kind, process, config.loss.token_weight, config.loss.inverse_survival)
+    layout = choose_layout(model, hs)
+    low, high = config.loss.noise_range
+    require(0 <= low < high <= 1, "loss.noise_range", (low, high), "two numbers 0 <= low < high <= 1")
+    whole = (low, high) == (0, 1) or layout == "continuous" or hs.kind == "block"
+    where = f"hyperschedule.kind {hs.kind!r} with model.visibility {model.visibility!r}"
+    require(whole, "loss.noise_range", (low, high), f"(0, 1) for {where}")
+    share = config.loss.reconstruction_share
+    require(0 < share < 1, "loss.reconstruction_share", share, "a number in (0, 1)")
+    origin = config.loss.origin_share
+    require(0 <= origin <= 1, "loss.origin_share", origin, "a number in [0, 1]")
+    require(
+        config.loss.rows_per_chunk >= 1,
+        "loss.rows_per_chunk",
+        config.loss.rows_per_chunk,
+        "a positive integer",
+    )
+    return Parts(
+        model=model,
+        hs=hs,
+        schedule=schedule,
+        process=process,
+        loss=loss,
+        layout=layout,
+        noise_range=(low, high),
+        origin_share=origin if model.visibility == "prefix" else 0.0,
+        reconstruction_share=share if loss.name == "epsilon_nelbo" and layout == "continuous" else 0.0,
+        rows_per_chunk=config.loss.rows_per_chunk,
+    )
+
+
+def build_hyperschedule(config: ConfigDict, length: int) -> Hyperschedule:
+    """The experiment's hyperschedule for texts of `length`; flat takes its steps from the sampler by default."""
+    kind, fields = block_fields(config.hyperschedule)
+    if kind in ("flat", "ar_diffusion"):
+        fields.setdefault("steps", config.sampler.steps)
+    return hyperschedules.build(kind, length, **fields)
+
+
+def build_reverse(sampler: ConfigDict, process: NoisingProcess, reading: str) -> ReverseStep:
+    """The reverse step of an experiment's `sampler` block, for a network read by `reading`."""
+    return reverse.build(sampler.kind, process, reading=reading, eta=sampler.eta)
+
+
+def choose_layout(model: TransformerConfig, hs: Hyperschedule) -> str:
+    """How a batch is laid out in training and evaluation.
+
+    Raises:
+      UserError: a `full` model under a hyperschedule that only a `prefix` model is trained under.
+    """
+    if model.visibility == "full":
+        if hs.kind != "flat":
+            raise UserError(
+                f"hyperschedule.kind: got {hs.kind!r} with model.visibility 'full'; allowed: 'flat' (train flat, then"
+                " sample under any order), or model.visibility 'prefix'"
+            )
+        return "continuous"
+    return "tiled" if hs.period is not None else "plain"

@@ -1,0 +1,177 @@
+"""One pass over a batch of texts: draw the noise, lay out the rows, run the network, take the terms.
+
+Training and likelihood share it: a pass with a loss that is a bound is an unbiased estimate of the
+negative ELBO, summed over positions. Letters: B texts, L positions, V scores.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hdlm_jax.diffusion import phases, visibility
+from hdlm_jax.diffusion.phases import Phase
+from hdlm_jax.models import layouts
+from hdlm_jax.models.layouts import Rows
+from hdlm_jax.models.parts import Parts
+from hdlm_jax.models.transformer import forward, logits
+
+
+class Noised(NamedTuple):
+    """A noised batch: tokens int32 [B, L] and what the pass asks of each position."""
+
+    zt: Array
+    phase: Phase
+
+
+def noise(parts: Parts, rng: Array, x0_BxL: Array, training: bool = True) -> Noised:
+    """Draws phases, origins and noise; in evaluation the whole noise range, and every text from its start."""
+    B, L = x0_BxL.shape
+    phase_rng, origin_rng, noise_rng = jax.random.split(rng, 3)
+    low, high = parts.noise_range if training else (0.0, 1.0)
+    alpha_max = parts.process.alpha_max
+    if parts.layout == "continuous":
+        u_B = phases.stratified(phase_rng, B)
+        share = parts.reconstruction_share if training else 0.0
+        phase = phases.continuous(u_B, L, parts.schedule, alpha_max, share, (low, high))
+    else:
+        origin_B = _origins(origin_rng, B, L, parts.origin_share if training else 0.0)
+        if parts.layout == "tiled":
+            phase = phases.tiled(phase_rng, origin_B, parts.hs, parts.schedule, alpha_max, (low, high))
+        else:
+            step_B = jnp.floor(phases.stratified(phase_rng, B) * parts.hs.num_steps).astype(jnp.int32)
+            phase = phases.at_step(step_B, origin_B, L, parts.hs, parts.schedule, alpha_max)
+    return Noised(parts.process.sample(noise_rng, x0_BxL, phase.alpha_t), phase)
+
+
+def at_zero_plus(parts: Parts, rng: Array, x0_BxL: Array) -> Noised:
+    """The batch at the least noise there is, each position with its reconstruction term.
+
+    With the passes of `noise` it completes the bound for continuous times, where alpha at 0+ is below 1.
+    """
+    B, L = x0_BxL.shape
+    least = jnp.minimum(parts.schedule.alpha(jnp.zeros((B, L))), parts.process.alpha_max)
+    one, zero = jnp.ones((B, L)), jnp.zeros((B, L))
+    phase = Phase(least, one, zero, one, jnp.zeros((B, L), jnp.int32), jnp.full((B, L), L, jnp.int32))
+    return Noised(parts.process.sample(rng, x0_BxL, phase.alpha_t), phase)
+
+
+def rows(parts: Parts, x0_BxL: Array, noised: Noised) -> Rows:
+    """What the network is fed for a noised batch."""
+    shifted = parts.model.prediction == "shifted"
+    trailing = shifted and visibility.trailing_row_matters(parts.hs, parts.schedule)
+    if parts.layout != "tiled":
+        return layouts.plain(parts.model, noised.zt, noised.phase, trailing)
+    if shifted and parts.hs.width == 1 and not trailing:
+        return layouts.causal(parts.model, x0_BxL)
+    windows = layouts.most_windows(parts.hs) if trailing else 0
+    return layouts.tiled(parts.model, x0_BxL, noised.zt, noised.phase, parts.hs.width, windows)
+
+
+def terms(parts: Parts, params: dict, x0_BxL: Array, noised: Noised, per_position: Callable) -> dict[str, Array]:
+    """Runs the network on a noised batch and takes per-position terms.
+
+    Args:
+      per_position: (scores_RxV, x0_R, zt_R, phase of [R]) -> {name: [R]}, such as a loss's `terms`.
+
+    Returns:
+      {name: float [B, L]}.
+    """
+    pieces = _pieces(parts, _hidden(parts, params, x0_BxL, noised, None), (x0_BxL, *noised))
+    head = _head(params)
+    out = jax.lax.map(lambda piece: per_position(_scores(parts, head, piece[0]), *piece[1]), pieces)
+    return {name: x.reshape(-1)[: x0_BxL.size].reshape(x0_BxL.shape) for name, x in out.items()}
+
+
+def mean_loss(
+    parts: Parts, params: dict, x0_BxL: Array, noised: Noised, dropout_rng: Array | None
+) -> tuple[Array, dict[str, Array]]:
+    """The training loss of a noised batch, nats per token, and its terms (which carry no gradient).
+
+    Scores exist for `rows_per_chunk` rows at a time; where a gradient is asked for it is taken chunk by
+    chunk on the way forward, so that no scores are kept or computed twice.
+
+    Args:
+      dropout_rng: PRNG key; None switches dropout off.
+    """
+    hidden = _hidden(parts, params, x0_BxL, noised, dropout_rng)
+    sums = _head_loss(parts, _head(params), *_pieces(parts, hidden, (x0_BxL, *noised)))
+    means = {name: jax.lax.stop_gradient(x) / x0_BxL.size for name, x in sums[1].items()}
+    return sums[0] / x0_BxL.size, means
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head_loss(parts: Parts, head: dict, hidden_CxRxD: Array, columns) -> tuple[Array, dict[str, Array]]:
+    """Sum of the loss and of each of its terms over C chunks of rows."""
+    return jax.tree.map(
+        lambda x: x.sum(0), jax.lax.map(lambda piece: _chunk_loss(parts, head, *piece), (hidden_CxRxD, columns))
+    )
+
+
+def _head_loss_forward(parts, head, hidden_CxRxD, columns):
+    grad = jax.value_and_grad(functools.partial(_chunk_loss, parts), argnums=(0, 1), has_aux=True)
+
+    def add(head_gradient, piece):
+        sums, (to_head, to_hidden) = grad(head, *piece)
+        return jax.tree.map(jnp.add, head_gradient, to_head), (sums, to_hidden)
+
+    zeros = jax.tree.map(jnp.zeros_like, head)
+    head_gradient, (sums, hidden_gradient) = jax.lax.scan(add, zeros, (hidden_CxRxD, columns))
+    return jax.tree.map(lambda x: x.sum(0), sums), (head_gradient, hidden_gradient)
+
+
+def _head_loss_backward(parts, gradients, cotangent):
+    scaled = jax.tree.map(lambda x: x * cotangent[0].astype(x.dtype), gradients)
+    return *scaled, None
+
+
+_head_loss.defvjp(_head_loss_forward, _head_loss_backward)
+
+
+def _chunk_loss(parts: Parts, head: dict, hidden_RxD: Array, columns) -> tuple[Array, dict[str, Array]]:
+    sums = {name: x.sum() for name, x in parts.loss.terms(_scores(parts, head, hidden_RxD), *columns).items()}
+    return sum(sums.values()), sums
+
+
+def _hidden(parts: Parts, params: dict, x0_BxL: Array, noised: Noised, dropout_rng: Array | None) -> Array:
+    """The final rows [B, L, D] that predict tokens 0..L-1."""
+    fed = rows(parts, x0_BxL, noised)
+    level = parts.schedule.sigma(fed.alpha) if parts.model.conditioning else None
+    hidden, _ = forward(
+        parts.model, params, fed.tokens, fed.positions, fed.attention, sigma_BxR=level, dropout_rng=dropout_rng
+    )
+    first, end = fed.predicting
+    return hidden[:, first:end]
+
+
+def _head(params: dict) -> dict:
+    return {name: x for name, x in params.items() if name != "blocks"}
+
+
+def _scores(parts: Parts, head: dict, hidden_RxD: Array) -> Array:
+    return logits(parts.model, head, hidden_RxD[None], padded=True)[0]
+
+
+def _pieces(parts: Parts, hidden_BxLxD: Array, columns):
+    """All rows in chunks of `rows_per_chunk`, [C, R, ...] each; what fills the last one weighs 0."""
+    count = hidden_BxLxD.shape[0] * hidden_BxLxD.shape[1]
+    size = min(parts.rows_per_chunk, count)
+    fill = -count % size
+
+    def cut(x):
+        flat = x.reshape(count, *x.shape[2:])
+        return jnp.pad(flat, ((0, fill),) + ((0, 0),) * (flat.ndim - 1)).reshape(-1, size, *flat.shape[1:])
+
+    return cut(hidden_BxLxD), jax.tree.map(cut, columns)
+
+
+def _origins(rng: Array, B: int, L: int, share: float) -> Array:
+    """int32 [B]: 0, or with probability `share` uniform over 1..L-1."""
+    if share == 0 or L == 1:
+        return jnp.zeros(B, jnp.int32)
+    chosen_rng, place_rng = jax.random.split(rng)
+    place_B = jax.random.randint(place_rng, (B,), 1, L)
+    return jnp.where(jax.random.bernoulli(chosen_rng, share, (B,)), place_B, 0)

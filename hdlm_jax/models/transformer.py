@@ -1,0 +1,345 @@
+"""The transformer of the published models, of any size, as a thin Flax Linen parameter container.
+
+Pre-LayerNorm (weight only, eps 1e-5), rotary positions in halves on q and k, bias-free attention
+projections, a GELU (tanh) MLP with bias, an untied head with bias, zero at the start. With
+`conditioning > 0` each block is modulated per position by the noise level (adaLN) and the input
+embedding is drawn toward the mask's, as in the published gamma models.
+
+Letters: B batch, R rows, D width, H heads, F MLP width, N ordinary tokens, V = N + 1, C conditioning.
+Only `params` are variables: dropout keys, caches and noise levels are arguments.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hdlm_jax.errors import require
+from hdlm_jax.models.attention import KV, Attention, dense
+
+SINUSOIDS = 256  # features of the noise-level embedding
+MAX_PERIOD = 10_000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and switches of the network (the experiment's `model` block plus the vocabulary)."""
+
+    num_tokens: int  # N, ordinary tokens; the mask is token N
+    length: int  # L, the longest text
+    hidden: int  # D
+    blocks: int
+    heads: int
+    mlp_ratio: int = 4  # F / D
+    dropout: float = 0.1  # of attention probabilities and of both residual branches
+    prediction: str = "aligned"  # 'aligned' | 'shifted'
+    visibility: str = "full"  # 'full' | 'prefix'
+    context: str = "causal"  # attention among settled rows
+    bos_id: int | None = None  # token before position 0 of a shifted model
+    conditioning: int = 0  # C; 0: the network does not see the noise level
+    interpolation: float = 0.0  # gamma of the embedding's drift to the mask, e^{-gamma sigma}
+    rotary_base: float = 10_000.0
+    vocabulary_multiple: int = 128  # embedding and head rows are padded to a multiple of this
+    remat: str = "full"  # 'none' | 'full': recompute each block in the backward pass
+    dtype: str = "float32"  # of activations; params, norms, softmax and logits stay float32
+
+    def __post_init__(self):
+        for field in (
+            "num_tokens",
+            "length",
+            "hidden",
+            "blocks",
+            "heads",
+            "mlp_ratio",
+            "vocabulary_multiple",
+        ):
+            require(getattr(self, field) >= 1, f"model.{field}", getattr(self, field), "a positive integer")
+        require(
+            self.hidden % self.heads == 0,
+            "model.heads",
+            self.heads,
+            f"a divisor of model.hidden = {self.hidden}",
+        )
+        even = (self.hidden // self.heads) % 2 == 0
+        require(even, "model.heads", self.heads, "an even head size (rotary positions turn pairs)")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "a number in [0, 1)")
+        require(self.conditioning >= 0, "model.conditioning", self.conditioning, "0 (off) or a positive integer")
+        for field, allowed in CHOICES.items():
+            given = getattr(self, field)
+            require(given in allowed, f"model.{field}", given, ", ".join(map(repr, allowed)))
+        bos = self.prediction == "aligned" or self.bos_id is not None
+        require(bos, "model.bos_id", self.bos_id, "a token id: a shifted model needs BOS before position 0")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def vocabulary(self) -> int:
+        """V, ordinary tokens and the mask."""
+        return self.num_tokens + 1
+
+    @property
+    def padded_vocabulary(self) -> int:
+        return -(-self.vocabulary // self.vocabulary_multiple) * self.vocabulary_multiple
+
+
+CHOICES = {
+    "prediction": ("aligned", "shifted"),
+    "visibility": ("full", "prefix"),
+    "context": ("causal",),
+    "remat": ("none", "full"),
+    "dtype": ("float32", "bfloat16", "float64"),
+}
+
+
+def rotary_angles(positions_BxR: Array, head_size: int, base: float, dtype: Any) -> tuple[Array, Array]:
+    """cos and sin, each [B, R, 1, D/2], of position / base^(2 j / D)."""
+    frequencies = base ** (-jnp.arange(0, head_size, 2, dtype=dtype) / head_size)
+    angles = positions_BxR[..., None, None].astype(dtype) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BxRxHxD: Array, cos: Array, sin: Array) -> Array:
+    """Rotary positions in halves: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    a, b = jnp.split(x_BxRxHxD, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxRxHxD.dtype)
+
+
+def sigma_features(sigma_BxR: Array) -> Array:
+    """[B, R, 256]: cos then sin of sigma * 10000^(-i/128), i = 0..127."""
+    half = SINUSOIDS // 2
+    frequencies = jnp.exp(-math.log(MAX_PERIOD) * jnp.arange(half, dtype=sigma_BxR.dtype) / half)
+    angles = sigma_BxR[..., None] * frequencies[None, None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def drop(rng: Array, x: Array, rate: float) -> Array:
+    """Inverted dropout with 16 random bits per element (the rate is rounded to k/65536, 0 < k < 65536)."""
+    kept = min(max(round((1 - rate) * 65536), 1), 65535)
+    keep = jax.random.bits(rng, x.shape, jnp.uint16) < kept
+    return jnp.where(keep, x * jnp.asarray(65536 / kept, x.dtype), jnp.zeros((), x.dtype))
+
+
+class Norm(nn.Module):
+    """LayerNorm with weight only, computed in float32, eps 1e-5."""
+
+    @nn.compact
+    def __call__(self, x_BxRxD: Array) -> Array:
+        scale_D = self.param("scale", nn.initializers.ones, (x_BxRxD.shape[-1],))
+        x = x_BxRxD.astype(jnp.promote_types(x_BxRxD.dtype, jnp.float32))
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+        return (x * scale_D[None, None, :]).astype(x_BxRxD.dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a normalised input and added to the stream."""
+
+    config: TransformerConfig
+    attention: Attention
+    return_kv: bool
+
+    @nn.compact
+    def __call__(self, x_BxRxD, per_block, rotary, condition_BxRxC):
+        c, (past, rng) = self.config, per_block
+        B, R, D = x_BxRxD.shape
+        rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+        dense = functools.partial(nn.Dense, dtype=x_BxRxD.dtype, kernel_init=nn.initializers.lecun_normal())
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition_BxRxC)
+
+        h = _modulate(Norm(name="norm_attention")(x_BxRxD), shift_a, scale_a)
+        qkv = dense(3 * D, use_bias=False, name="qkv")(h).reshape(B, R, 3, c.heads, c.head_size)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        out = self.attention(q, k, v, past, self.probability_dropout(rngs[0]))
+        out = out.reshape(B, R, D).astype(x_BxRxD.dtype)
+        x_BxRxD = x_BxRxD + self.residual(rngs[1], dense(D, use_bias=False, name="out")(out), gate_a)
+
+        h = _modulate(Norm(name="norm_mlp")(x_BxRxD), shift_m, scale_m)
+        h = nn.gelu(dense(c.mlp_ratio * D, name="mlp_in")(h), approximate=True)
+        x_BxRxD = x_BxRxD + self.residual(rngs[2], dense(D, name="mlp_out")(h), gate_m)
+        return x_BxRxD, (KV(k, v) if self.return_kv else None)
+
+    def modulation(self, condition_BxRxC):
+        """Shift, scale and gate for attention, then for the MLP (all None without conditioning)."""
+        if condition_BxRxC is None:
+            return (None,) * 6
+        zeros = nn.initializers.zeros
+        rows = nn.Dense(6 * self.config.hidden, kernel_init=zeros, name="modulation")(condition_BxRxC)
+        return jnp.split(rows, 6, axis=-1)
+
+    def probability_dropout(self, rng):
+        if rng is None:
+            return None
+        return lambda p, group: drop(jax.random.fold_in(rng, group), p, self.config.dropout)
+
+    def residual(self, rng, branch, gate):
+        branch = branch if rng is None else drop(rng, branch, self.config.dropout)
+        return branch if gate is None else (gate * branch).astype(branch.dtype)
+
+
+def _modulate(x, shift, scale):
+    return x if shift is None else (x * (1 + scale) + shift).astype(x.dtype)
+
+
+class Transformer(nn.Module):
+    """The parameters and the pieces of the network; `forward` and `logits` below run them."""
+
+    config: TransformerConfig
+
+    def setup(self):
+        c = self.config
+        zeros = nn.initializers.zeros
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.padded_vocabulary, c.hidden))
+        self.norm = Norm()
+        self.head_kernel = self.param("head_kernel", zeros, (c.hidden, c.padded_vocabulary))
+        self.head_bias = self.param("head_bias", zeros, (c.padded_vocabulary,))
+        if c.conditioning:
+            self.sigma_in = nn.Dense(c.conditioning)
+            self.sigma_out = nn.Dense(c.conditioning)
+
+    def enter(self, tokens_BxR: Array, positions_BxR: Array, sigma_BxR: Array | None):
+        """What the blocks need: input rows, rotary tables, noise-level features (or None)."""
+        c = self.config
+        x_BxRxD = self.embed(tokens_BxR, sigma_BxR)
+        wide = jnp.promote_types(x_BxRxD.dtype, jnp.float32)
+        rotary = rotary_angles(positions_BxR, c.head_size, c.rotary_base, wide)
+        return x_BxRxD, rotary, nn.silu(self.condition(sigma_BxR)) if c.conditioning else None
+
+    @nn.compact
+    def blocks(self, x_BxRxD, rotary, condition, attention, past, rngs, return_kv):
+        """All blocks by one scan over their stacked parameters."""
+        c = self.config
+        block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False)
+        scan = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.blocks,
+        )
+        return scan(c, attention, return_kv, name="blocks")(x_BxRxD, (past, rngs), rotary, condition)
+
+    def leave(self, x_BxRxD: Array) -> Array:
+        """The last norm."""
+        return self.norm(x_BxRxD)
+
+    def embed(self, tokens_BxR: Array, sigma_BxR: Array | None = None) -> Array:
+        """Input rows [B, R, D]; with interpolation g: e^{-g sigma} E[token] + (1 - e^{-g sigma}) E[mask]."""
+        c = self.config
+        x_BxRxD = self.embedding[tokens_BxR]
+        if c.interpolation:
+            stay = jnp.exp(-c.interpolation * sigma_BxR)[..., None]
+            x_BxRxD = stay * x_BxRxD + (1 - stay) * self.embedding[c.num_tokens][None, None, :]
+        return x_BxRxD.astype(_activation_dtype(c, self.embedding))
+
+    def condition(self, sigma_BxR: Array) -> Array:
+        """The noise-level embedding [B, R, C] before the blocks' SiLU."""
+        return self.sigma_out(nn.silu(self.sigma_in(sigma_features(sigma_BxR))))
+
+    def scores(self, hidden_BxRxD: Array) -> Array:
+        """Float32 scores [B, R, padded V]; -inf at the mask, which is never predicted, and at the padding."""
+        c = self.config
+        kernel = self.head_kernel.astype(hidden_BxRxD.dtype)
+        wide = jnp.promote_types(hidden_BxRxD.dtype, jnp.float32)
+        out = jnp.einsum("brd,dv->brv", hidden_BxRxD, kernel, preferred_element_type=wide)
+        ordinary = jnp.arange(c.padded_vocabulary) < c.num_tokens
+        bias = jnp.where(ordinary, self.head_bias, -jnp.inf)
+        return out + bias[None, None, :]
+
+
+def _activation_dtype(config: TransformerConfig, params: Array) -> jnp.dtype:
+    return params.dtype if config.dtype == "float32" else jnp.dtype(config.dtype)
+
+
+def forward(
+    config: TransformerConfig,
+    params: dict,
+    tokens_BxR: Array,
+    positions_BxR: Array,
+    attention: Attention,
+    *,
+    sigma_BxR: Array | None = None,
+    past: KV | tuple[KV, ...] | None = None,
+    dropout_rng: Array | None = None,
+    return_kv: bool = False,
+) -> tuple[Array, KV | tuple[KV, ...] | None]:
+    """Runs the network up to the head.
+
+    Args:
+      config: sizes.
+      params: as `init` returns them, or `unstacked`.
+      tokens_BxR: int32, ordinary tokens or the mask N.
+      positions_BxR: int32, rotary positions (a shifted model's BOS stands at -1).
+      attention: who sees whom (models/attention.py).
+      sigma_BxR: float, noise level of the token each row holds; needed iff the network is conditioned.
+      past: keys and values of earlier calls, [blocks, B, S, H, D] each (a tuple of [B, S, H, D] per
+        block for `unstacked` parameters).
+      dropout_rng: PRNG key; None switches dropout off.
+      return_kv: also return the keys and values of these rows, laid out like `past`.
+
+    Returns:
+      hidden rows [B, R, D] after the last norm, and the keys and values or None.
+    """
+    model, variables = Transformer(config), {"params": params}
+    x_BxRxD, rotary, condition = model.apply(variables, tokens_BxR, positions_BxR, sigma_BxR, method="enter")
+    rngs = None
+    if dropout_rng is not None and config.dropout > 0:
+        rngs = jax.random.split(dropout_rng, config.blocks)
+    if isinstance(params["blocks"], tuple):
+        kv = []
+        for i, layer in enumerate(params["blocks"]):
+            inputs = (None if past is None else past[i], None if rngs is None else rngs[i])
+            block = Block(config, attention, return_kv)
+            x_BxRxD, new = block.apply({"params": layer}, x_BxRxD, inputs, rotary, condition)
+            kv.append(new)
+        kv = tuple(kv) if return_kv else None
+    else:
+        x_BxRxD, kv = model.apply(
+            variables, x_BxRxD, rotary, condition, attention, past, rngs, return_kv, method="blocks"
+        )
+    return model.apply(variables, x_BxRxD, method="leave"), kv
+
+
+def logits(config: TransformerConfig, params: dict, hidden_BxRxD: Array, padded: bool = False) -> Array:
+    """Float32 scores [B, R, V] over ordinary tokens; -inf at the mask, which is never predicted.
+
+    With `padded` the head's own columns, [B, R, >= V]: more of -inf, and one copy less.
+    """
+    scores = Transformer(config).apply({"params": params}, hidden_BxRxD, method="scores")
+    return scores if padded else scores[..., : config.vocabulary]
+
+
+def unstacked(config: TransformerConfig, params: dict) -> dict:
+    """The same parameters with one dict per block: a generation loop then copies no weights per call."""
+    blocks = tuple(jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(config.blocks))
+    return {**params, "blocks": blocks}
+
+
+def init(config: TransformerConfig, rng: Array) -> dict:
+    """Fresh parameters: a nested dict of float32 arrays, blocks stacked on the leading axis.
+
+    >>> config = TransformerConfig(num_tokens=5, length=4, hidden=8, blocks=2, heads=2)
+    >>> params = init(config, jax.random.key(0))
+    >>> params["blocks"]["qkv"]["kernel"].shape
+    (2, 8, 24)
+    """
+
+    def everything(model, tokens, sigma):
+        rows = model.enter(tokens, tokens, sigma)
+        x, _ = model.blocks(*rows, dense(), None, None, False)
+        return model.scores(model.leave(x))
+
+    tokens, sigma = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1))
+    return Transformer(config).init(rng, tokens, sigma, method=everything)["params"]
+
+
+def num_parameters(params: dict) -> int:
+    """How many numbers the parameters hold."""
+    return sum(x.size for x in jax.tree.leaves(params))

@@ -1,0 +1,1 @@
+"""Training: the optimizer, the state and where it lies, checkpoints, the metrics log, progress."""

@@ -1,0 +1,268 @@
+"""Training: the loop around `train_step`, with evaluation, samples, checkpoints, resume and signals."""
+
+import contextlib
+import functools
+import itertools
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from hdlm_jax.data import pipeline
+from hdlm_jax.data.prepare import Prepared, open_or_prepare
+from hdlm_jax.errors import UserError, require
+from hdlm_jax.evaluation import perplexity
+from hdlm_jax.evaluation.perplexity import Bound
+from hdlm_jax.generation import sampling
+from hdlm_jax.models import parts as builders
+from hdlm_jax.models import transformer
+from hdlm_jax.models.parts import Parts
+from hdlm_jax.training import flops, optimizer, run_folder, sharding, state
+from hdlm_jax.training.checkpoints import Checkpoints
+from hdlm_jax.training.metrics import MetricsLog
+from hdlm_jax.training.progress import Progress
+from hdlm_jax.training.state import TrainState
+from hdlm_jax.training.step import Update, train_step
+
+HELD_OUT = "held_out/bits_per_byte"
+SAMPLES = 4  # texts drawn at a time while training
+
+
+class Run(NamedTuple):
+    """What stays the same from step to step."""
+
+    config: ConfigDict
+    workdir: Path
+    data: Prepared
+    parts: Parts
+    step: Callable  # (state, x0_BxL, rng) -> (state, metrics), jitted, the state donated
+    place: Callable  # numpy batch -> global device array
+    flops_per_second: float | None  # the devices' peak, where known
+    flops_per_step: float
+
+
+def train(config: ConfigDict, workdir: str | Path) -> int:
+    """Trains `config` in `workdir` to its last step, or to SIGINT / SIGTERM; resumes what is there.
+
+    Returns:
+      0 at the end; 130 or 143 after a signal (saved; the same command goes on).
+
+    Raises:
+      UserError: bad config, a folder that holds another experiment or is in use, steps that stay without
+        a finite loss (the last good checkpoint is kept).
+    """
+    workdir = Path(workdir)
+    check(config)
+    with run_folder.locked(workdir):
+        run_folder.claim(workdir, config)
+        data = open_or_prepare(config.data.to_dict(), workdir / "data")
+        run_folder.claim_data(workdir, data.manifest)
+        data.tokenizer.save(workdir)
+        parts = builders.build(config, data.tokenizer.num_tokens, data.tokenizer.bos_id)
+        mesh = sharding.mesh(config.mesh)
+        sharding.check_batch(config.training.batch, config.training.accumulation, mesh)
+        tx = optimizer.build(config.optimizer, config.training.steps)
+        fresh = lambda: transformer.init(parts.model, jax.random.key(config.seed))
+        kept = config.optimizer.ema > 0
+        with Checkpoints(workdir / "checkpoints", config.training.keep, best=HELD_OUT) as saved:
+            found = saved.restore(state.abstract(fresh, tx, mesh, ema=kept))
+            current = state.create(fresh, tx, mesh, ema=kept) if found is None else found[0]
+            update = Update(parts, tx, config.optimizer, config.training.accumulation)
+            return _loop(_run(config, workdir, data, parts, mesh, update, current), current, saved)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `UserError` naming the first field of the `training` block that is out of its range."""
+    for name in ("steps", "batch", "accumulation", "log_every", "checkpoint_every", "keep", "max_skipped"):
+        value = config.training[name]
+        require(value >= 1, f"training.{name}", value, "a positive integer")
+    for name in ("evaluate_every", "sample_every"):
+        value = config.training[name]
+        require(value >= 0, f"training.{name}", value, "0 (only at the end) or a number of steps")
+    require(
+        config.training.evaluate_batches >= 1,
+        "training.evaluate_batches",
+        config.training.evaluate_batches,
+        ">= 1",
+    )
+    optimizer.check(config.optimizer)
+
+
+def _run(config, workdir, data, parts, mesh, update, current) -> Run:
+    places = jax.tree.map(lambda x: x.sharding, current)
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    step = functools.partial(train_step, update)
+    shape = jax.ShapeDtypeStruct((config.training.batch, config.data.length), np.int32)
+    per_step = flops.count(step, jax.eval_shape(lambda s: s, current), shape, jax.random.key(0))
+    return Run(
+        config=config,
+        workdir=workdir,
+        data=data,
+        parts=parts,
+        step=jax.jit(
+            step,
+            in_shardings=(places, rows, everywhere),
+            out_shardings=(places, everywhere),
+            donate_argnums=0,
+        ),
+        place=lambda batch: jax.make_array_from_process_local_data(rows, batch),
+        flops_per_second=flops.peak(list(mesh.devices.flat)),
+        flops_per_step=per_step,
+    )
+
+
+def _loop(run: Run, current: TrainState, saved: Checkpoints) -> int:
+    """Steps until the end or a signal."""
+    c, first = run.config.training, int(current.step)
+    rng = jax.random.fold_in(jax.random.key(run.config.seed), 1)
+    _announce(run, current, first)
+    if first >= c.steps:
+        print(f"nothing left to do: step {first} of {c.steps}; evaluate or sample it", flush=True)
+        return 0
+    batches = pipeline.batches(
+        run.data.train, run.config.seed, c.batch, first, jax.process_index(), jax.process_count()
+    )
+    log = MetricsLog(run.workdir)
+    log.resume(first)
+    pending, skipped, clock, away = [], 0, time.perf_counter(), 0.0
+    with _signals() as caught, Progress(c.steps, first) as progress, contextlib.closing(log):
+        for done in range(first + 1, c.steps + 1):
+            current, metrics = run.step(current, run.place(next(batches)), rng)
+            pending.append(metrics)
+            last = done == c.steps or bool(caught)
+            if done % c.log_every == 0 or last:
+                pending, means, skipped = [], *_summary(pending, skipped)
+                now = time.perf_counter()
+                record = means | _speed(run, done, c.log_every, now - clock - away)
+                clock, away = now, 0.0
+                log.write(done, record)
+                progress.update(done, record)
+                _stop_if_lost(c.max_skipped, skipped, done)
+            pause = time.perf_counter()
+            bound = None
+            if _due(done, c.evaluate_every, last):
+                bound = _evaluate(run, current)
+                log.write(done, _held_out(bound))
+                progress.note(f"step {done}, held out: {bound}")
+            if _due(done, c.sample_every, done == c.steps):
+                _sample(run, current, done)
+            if _due(done, c.checkpoint_every, last):
+                saved.save(done, current, {} if bound is None else {HELD_OUT: bound.bits_per_byte})
+            away += time.perf_counter() - pause
+            if caught:
+                progress.note(f"{caught[0].name}: saved at step {done}; the same command goes on from there")
+                return 128 + caught[0]
+    return 0
+
+
+def _due(done: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and done % every == 0)
+
+
+def _announce(run: Run, current: TrainState, first: int) -> None:
+    model, count = run.parts.model, transformer.num_parameters(current.params)
+    corpus = run.data.manifest["corpus"]
+    print(
+        f"{run.workdir}: {count:,} parameters (hidden {model.hidden}, {model.blocks} blocks), {model.prediction},"
+        f" {run.parts.layout} layout; {run.parts.process.name}; {run.parts.hs.describe()}\n"
+        f"data: {corpus['name']} (sha256 {corpus['sha256'][:12]}), {len(run.data.train):,} training windows of"
+        f" {model.length} {run.data.tokenizer.name} tokens, unigram byte model"
+        f" {run.data.manifest['unigram_bits_per_byte']:.4f} bits/byte\n"
+        + (f"resumed at step {first}" if first else "fresh start"),
+        flush=True,
+    )
+
+
+def _summary(pending: list[dict], skipped: int) -> tuple[dict[str, float], int]:
+    """Means over the steps that were not skipped, and how many in a row have been skipped by now."""
+    rows = jax.device_get(pending)
+    for row in rows:
+        skipped = skipped + 1 if row["skipped"] else 0
+    good = [row for row in rows if not row["skipped"]]
+    means = {f"train/{name}": float(np.mean([row[name] for row in good])) for name in (good[0] if good else ())}
+    means["train/skipped"] = float(sum(row["skipped"] for row in rows))
+    return means, skipped
+
+
+def _speed(run: Run, done: int, steps: int, seconds: float) -> dict[str, float]:
+    """Learning rate, and the speed of the last `steps` steps without evaluation, samples and saves."""
+    steps = min(steps, done)
+    c = run.config.training
+    record = {
+        "train/learning_rate": float(optimizer.learning_rate(run.config.optimizer, c.steps)(done - 1)),
+        "train/tokens_per_second": c.batch * run.config.data.length * steps / seconds,
+    }
+    if run.flops_per_second is not None:
+        record["train/mfu"] = run.flops_per_step * steps / seconds / run.flops_per_second
+    return record
+
+
+def _stop_if_lost(limit: int, skipped: int, done: int) -> None:
+    if skipped >= limit:
+        raise UserError(
+            f"training: no finite loss and gradient in the last {skipped} steps up to step {done}; the last good"
+            " checkpoint is kept. Try a lower optimizer.learning_rate, a longer warmup or another seed in a new folder"
+        )
+
+
+def _evaluate(run: Run, current: TrainState) -> Bound:
+    """The bound of the running-mean weights on the first held-out windows."""
+    c = run.config.training
+    batch = min(c.batch, len(run.data.held_out))
+    rows = pipeline.held_out_batches(run.data.held_out, batch)
+    chosen = [
+        (x, np.broadcast_to(is_row[:, None], x.shape)) for x, is_row in itertools.islice(rows, c.evaluate_batches)
+    ]
+    return perplexity.estimate(
+        perplexity.estimator(run.parts, run.parts.loss.reading),
+        state.weights(current),
+        chosen,
+        run.data.manifest["splits"]["held_out"]["bytes"] / run.data.manifest["splits"]["held_out"]["tokens"],
+        draws=2,
+        seed=0,
+        hyperschedule=perplexity.name_of(run.parts),
+    )
+
+
+def _held_out(bound: Bound) -> dict[str, float]:
+    return {
+        HELD_OUT: bound.bits_per_byte,
+        "held_out/bits_per_byte_error": bound.bits_per_byte_error,
+        "held_out/nats_per_token": bound.nats_per_token,
+        **{f"held_out/{name}": x for name, x in bound.terms.items()},
+    }
+
+
+def _sample(run: Run, current: TrainState, done: int) -> None:
+    """Writes a few texts to samples/."""
+    c = run.config
+    hs = builders.build_hyperschedule(c, run.parts.model.length)
+    chain = sampling.chain(run.parts, hs, c.sampler)
+    out = sampling.draw(chain, state.weights(current), run.data.tokenizer, [""] * SAMPLES, hs.length, seed=done)
+    record = {"step": done, "hyperschedule": repr(hs), "sampler": c.sampler.to_dict(), "texts": out.texts}
+    path = run.workdir / "samples" / f"step{done}.json"
+    run_folder.write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; a second one kills as usual."""
+    caught: list[signal.Signals] = []
+
+    def note(number, frame):
+        caught.append(signal.Signals(number))
+        signal.signal(number, before[number])
+
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in kinds}
+    try:
+        yield caught
+    finally:
+        for number in kinds:
+            signal.signal(number, before[number])

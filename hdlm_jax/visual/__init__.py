@@ -1,0 +1,1 @@
+"""What there is to look at: figures of hyperschedules and of training."""

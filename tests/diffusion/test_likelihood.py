@@ -1,0 +1,182 @@
+"""The discrete negative ELBO against the oracle, the enumerated model likelihood, and its limits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from hdlm_jax.diffusion import hyperschedules, likelihood, noise_schedules, noising
+from hdlm_jax.diffusion.likelihood import ReverseChain
+from hdlm_jax.errors import UserError
+from tests.oracle import hdlm_oracle as oracle
+
+N, L = 2, 3
+LINEAR, GEOMETRIC = noise_schedules.linear(), noise_schedules.geometric(0.2, 1.5)
+PROCESSES = {
+    "absorb": (lambda: noising.absorb(N), oracle.Absorb(N)),
+    "epsilon": (lambda: noising.epsilon_hybrid(N, 0.3), oracle.Epsilon(N, 0.3)),
+    "gamma": (lambda: noising.gamma_hybrid(N, 0.3), oracle.Gamma(N, 0.3)),
+}
+TABLE = [[3, 3, 3], [1, 3, 3], [1, 2, 3], [0, 2, 1], [0, 0, 0]]  # waits and skips, right before middle
+CASES = [
+    ("absorb", hyperschedules.quenched(L), LINEAR),
+    ("absorb", hyperschedules.slide(L, 2, "1/2"), LINEAR),
+    ("epsilon", hyperschedules.flat(L, 3), GEOMETRIC),
+    ("epsilon", hyperschedules.slide(L, 2, 1), LINEAR),
+    ("epsilon", hyperschedules.block(L, 2, 1).with_prompt(1), GEOMETRIC),
+    ("epsilon", hyperschedules.from_levels(TABLE), LINEAR),
+    ("gamma", hyperschedules.block(L, 2, 1), LINEAR),
+]
+IDS = [f"{process}-{hs.kind}-{schedule.name.split('(')[0]}" for process, hs, schedule in CASES]
+EVERY_X0 = np.indices((N,) * L).reshape(L, -1).T
+
+
+def chain_of(process, hs, schedule, reading="posterior"):
+    return ReverseChain(hs, schedule, PROCESSES[process][0](), reading)
+
+
+def times_of(chain):
+    """The oracle's time of every level."""
+    fraction = np.arange(chain.hs.tau_max + 1) / chain.hs.tau_max
+    with np.errstate(divide="ignore"):
+        times = 0.0 - np.log(np.asarray(chain.schedule.alpha(jnp.asarray(fraction))))
+    times[0] = 0.0
+    return times
+
+
+def network(chain, their_denoiser, levels):
+    """Ours from theirs: their probabilities at every step, looked up by the noised text."""
+    tables = np.stack([their_denoiser(times_of(chain)[level_L]) for level_L in levels[:-1]])
+    place_V = (N + 1) ** np.arange(L - 1, -1, -1)
+
+    def denoiser(step, zt_BxL):
+        flat = jnp.asarray(tables.reshape(len(tables), -1, L, N), jnp.result_type(float))
+        return flat[step, (zt_BxL * place_V[None]).sum(-1)]
+
+    return denoiser
+
+
+def all_terms(chain, denoiser):
+    """The terms of every text, [texts, L] each, in float64."""
+    return jax.jit(jax.vmap(lambda x0_L: likelihood.nelbo(chain, denoiser, x0_L)))(jnp.asarray(EVERY_X0))
+
+
+@pytest.mark.parametrize(("process", "hs", "schedule"), CASES, ids=IDS)
+def test_equals_the_oracle_and_bounds_the_model_likelihood(process, hs, schedule):
+    theirs = PROCESSES[process][1]
+    their_denoiser = oracle.random_denoiser(theirs, L, np.random.default_rng(5))
+    levels = np.asarray(hs.levels)
+    with jax.enable_x64(True):
+        chain = chain_of(process, hs, schedule)
+        times = times_of(chain)
+        ours = jax.tree.map(np.asarray, all_terms(chain, network(chain, their_denoiser, levels)))
+    given = levels[0] == 0
+    settles = (levels[1:] == 0) & (levels[:-1] > 0)
+    for i, x0_L in enumerate(EVERY_X0):
+        total, parts = oracle.hyper_nelbo(theirs, times, levels, x0_L, their_denoiser)
+        # a given position has no noise, so no prior; theirs averages over x at level 0 too
+        priors = [oracle.prior_kl(theirs, times[t], x, oracle.default_prior(theirs, times[t])) for t, x in
+                  zip(levels[0], x0_L, strict=True)]
+        np.testing.assert_allclose(ours.prior[i], np.where(given, 0, priors), atol=1e-12)
+        np.testing.assert_allclose(ours.diffusion[i], np.where(settles, 0, parts["diff"]).sum(0), atol=1e-12)
+        np.testing.assert_allclose(ours.last[i], np.where(settles, parts["diff"], 0).sum(0), atol=1e-12)
+        np.testing.assert_allclose(ours.total[i].sum(), total - np.where(given, priors, 0).sum(), atol=1e-12)
+    model = oracle.model_likelihood(theirs, times, levels, their_denoiser)
+    if not given.any():
+        np.testing.assert_allclose(model.sum(), 1, atol=1e-12)
+        assert (ours.total.sum(1) >= -np.log(model[tuple(EVERY_X0.T)]) - 1e-12).all()
+
+
+def read(theirs, reading, raw):
+    """The oracle's denoiser for raw network probabilities [(states,) * L, L, N] under a reading."""
+
+    def denoiser(times_L):
+        p = raw.copy()
+        for i, t in enumerate(times_L):
+            z, own = oracle.grid(theirs, L)[i], raw[..., i, :]
+            if reading == "hybrid":
+                own = own / (np.eye(theirs.K, N)[z] + 1 / N)
+            can = oracle.evidence(theirs, t, z).any(-1, keepdims=True)  # a settled position is never a mask
+            p[..., i, :] = np.where(can, oracle.cavity_to_posterior(theirs, t, np.where(can[..., 0], z, 0), own), own)
+        return p
+
+    return denoiser
+
+
+@pytest.mark.parametrize("reading", ["cavity", "hybrid"])
+def test_a_network_is_taken_by_its_reading(reading):
+    theirs, hs = PROCESSES["epsilon"][1], hyperschedules.slide(L, 2, 1)
+    raw = softmax(np.random.default_rng(2).normal(size=(N + 1,) * L + (L, N)), -1)
+    levels, x0_L = np.asarray(hs.levels), np.array([1, 0, 1])
+    with jax.enable_x64(True):
+        chain = chain_of("epsilon", hs, LINEAR, reading)
+        denoiser = network(chain, lambda times_L: raw, levels)
+        ours = jax.jit(lambda x0_L: likelihood.nelbo(chain, denoiser, x0_L).total.sum())(jnp.asarray(x0_L))
+    their_total, _ = oracle.hyper_nelbo(theirs, times_of(chain), levels, x0_L, read(theirs, reading, raw))
+    np.testing.assert_allclose(ours, their_total, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def timeless():
+    """A network that does not look at the noise level: probabilities by noised text, and as a denoiser."""
+    raw = softmax(np.random.default_rng(8).normal(size=((N + 1) ** L, L, N)), -1)
+    place_V = (N + 1) ** np.arange(L - 1, -1, -1)
+    return raw, lambda step, zt_BxL: jnp.asarray(raw, jnp.result_type(float))[(zt_BxL * place_V[None]).sum(-1)]
+
+
+def test_one_position_at_a_time_is_the_chain_rule_exactly(timeless):
+    raw, denoiser = timeless
+    x0_L, m = np.array([1, 0, 1]), N
+    seen = [(m, m, m), (1, m, m), (1, 0, m)]  # quenched: what each position's call is fed
+    chain_rule = [-np.log(raw.reshape((N + 1,) * L + (L, N))[z][i, x0_L[i]]) for i, z in enumerate(seen)]
+    with jax.enable_x64(True):
+        for hs in (hyperschedules.quenched(L), hyperschedules.block(L, 1, 1)):
+            terms = likelihood.nelbo(chain_of("absorb", hs, LINEAR), denoiser, jnp.asarray(x0_L))
+            np.testing.assert_allclose(terms.last, chain_rule, rtol=1e-12)
+            assert not terms.prior.any() and not terms.diffusion.any()
+
+
+def test_flat_tends_to_the_continuous_masked_diffusion_bound(timeless):
+    raw, denoiser = timeless
+    theirs, x0_L = oracle.Absorb(N), np.array([1, 0, 1])
+    table = raw.reshape((N + 1,) * L + (L, N))
+
+    def per_fraction(u):
+        sigma = -np.log1p(-u)
+        integrand = oracle.ct_integrand(theirs, sigma, x0_L, lambda _: table, oracle.absorb_nelbo_integrand)
+        return integrand / (1 - u)  # d sigma / du
+
+    continuous = oracle.quad(per_fraction, 0, 1)
+    with jax.enable_x64(True):
+        of_steps = {}
+        for steps in (16, 256, 1024):
+            chain = chain_of("absorb", hyperschedules.flat(L, steps), LINEAR)
+            exact = jax.jit(lambda x0_L, chain=chain: likelihood.nelbo(chain, denoiser, x0_L).total.sum())
+            of_steps[steps] = float(exact(jnp.asarray(x0_L)))
+    error = {steps: abs(value - continuous) for steps, value in of_steps.items()}
+    assert 5 * error[256] < error[16] and 3.8 * error[1024] < error[256]
+    np.testing.assert_allclose((4 * of_steps[1024] - of_steps[256]) / 3, continuous, atol=1e-5)
+
+
+def test_one_draw_per_step_is_unbiased(timeless):
+    _, denoiser = timeless
+    x0_L, draws = jnp.array([1, 0, 1]), 4096
+    chain = chain_of("epsilon", hyperschedules.slide(L, 2, 1), LINEAR, "cavity")
+    exact = likelihood.nelbo(chain, denoiser, x0_L)
+    sampled = jax.jit(lambda rng, x0_BxL: likelihood.sampled_nelbo(rng, chain, denoiser, x0_BxL))
+    drawn = sampled(jax.random.key(3), jnp.broadcast_to(x0_L, (draws, L)))
+    for ours, theirs in zip(drawn, exact, strict=True):
+        error = np.abs(np.mean(ours, 0, np.float64) - theirs)
+        assert (error <= 4 * np.std(ours, 0) / draws**0.5 + 1e-5).all()
+
+
+def test_texts_of_another_length_or_too_many_are_refused(timeless):
+    chain = chain_of("absorb", hyperschedules.quenched(L), LINEAR)
+    with pytest.raises(UserError, match=r"text: got '2 tokens'; allowed: the hyperschedule's 3 positions"):
+        likelihood.nelbo(chain, timeless[1], jnp.array([0, 1]))
+    with pytest.raises(UserError, match=r"text: got '2 tokens'"):
+        likelihood.sampled_nelbo(jax.random.key(0), chain, timeless[1], jnp.array([[0, 1]]))
+    long = chain_of("absorb", hyperschedules.quenched(20), LINEAR)
+    with pytest.raises(UserError, match=r"text: got '20 tokens'; allowed: at most 1,048,576 noised texts .* 3 \*\* 20"):
+        likelihood.nelbo(long, timeless[1], jnp.zeros(20, jnp.int32))
