@@ -4,10 +4,11 @@ bash launch/quickstart.sh
 hdlm train --config experiments/quickstart.py --workdir runs/quickstart
 """
 
-from hdlm_jax.config import default, variant
+from hdlm_jax.config import default, sized
 
 
 def get_config(arg=""):
+    """The experiment; `arg` is '' or 'smoke'."""
     c = default()
     c.data.length = 128
     c.data.tokenizer = "bytes"
@@ -18,8 +19,4 @@ def get_config(arg=""):
     c.loss.origin_share = 0.25
     c.optimizer.update(learning_rate=3e-3, warmup=100, ema=0.99, weight_decay=0.05)
     c.training.update(steps=1500, batch=32, evaluate_every=500, checkpoint_every=500)
-    if variant(arg, "smoke"):
-        c.data.length = 32
-        c.model.update(hidden=16, blocks=1, heads=2)
-        c.training.update(steps=4, batch=8, log_every=2, evaluate_every=4, evaluate_batches=1, checkpoint_every=4)
-    return c
+    return sized(c, arg)

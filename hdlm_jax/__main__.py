@@ -12,7 +12,7 @@ VERBS = {
     "train": "train an experiment; the same command again resumes it",
     "evaluate": "the bound on held-out or any text, in nats, perplexity and bits per byte",
     "sample": "generate texts from a run",
-    "draw": "pictures: a hyperschedule, the loss curve of a run",
+    "draw": "pictures: a hyperschedule, who sees whom, the loss curve of a run",
     "bench": "measure training or sampling speed on this machine",
 }
 DESCRIPTION = """Language models on the whole line between autoregression and diffusion, in JAX.

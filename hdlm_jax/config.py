@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from hdlm_jax.errors import UserError, require, unknown
+from hdlm_jax.errors import UserError, choose, require, unknown
 
 
 def default() -> ConfigDict:
@@ -155,15 +155,51 @@ def load(spec: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
     return override(config, overrides or {})
 
 
-def variant(argument: str, *choices: str) -> str:
-    """The experiment argument, refused unless it is '' or one of `choices`.
+SIZES = {
+    # seconds on any machine: for tests and first looks
+    "smoke": {
+        "data.length": 32,
+        "model.hidden": 16,
+        "model.blocks": 1,
+        "model.heads": 2,
+        "sampler.steps": 4,
+        "training.steps": 4,
+        "training.batch": 8,
+        "training.log_every": 2,
+        "training.evaluate_every": 4,
+        "training.evaluate_batches": 1,
+        "training.checkpoint_every": 4,
+    },
+    # the published models: 110M parameters beside the embedding, text of 1024 tokens
+    "base": {
+        "data.length": 1024,
+        "data.tokenizer": "sentencepiece",
+        "data.vocab_size": 50_000,
+        "model.hidden": 768,
+        "model.blocks": 12,
+        "model.heads": 12,
+        "model.dropout": 0.1,
+        "model.dtype": "bfloat16",
+        "sampler.steps": 1024,
+        "optimizer.learning_rate": 3e-4,
+        "optimizer.warmup": 2500,
+        "optimizer.ema": 0.9999,
+        "training.steps": 1_000_000,
+        "training.batch": 512,
+        "training.log_every": 100,
+        "training.evaluate_every": 10_000,
+        "training.checkpoint_every": 10_000,
+    },
+}
 
-    >>> variant("smoke", "smoke")
-    'smoke'
+
+def sized(config: ConfigDict, argument: str) -> ConfigDict:
+    """An experiment at the size its argument names: '' as it stands, or one of `SIZES`.
+
+    >>> sized(default(), "smoke").model.hidden
+    16
     """
-    if argument and argument not in choices:
-        raise unknown("--config argument", argument, choices)
-    return argument
+    return override(config, choose("--config argument", argument, SIZES)) if argument else config
 
 
 def override(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:

@@ -39,3 +39,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in set(slow)]
+
+
+@pytest.fixture(scope="session")
+def docs_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default corpus prepared as windows of 32 bytes, the data of every smoke-sized run."""
+    from hdlm_jax.data import prepare
+
+    folder = tmp_path_factory.mktemp("docs") / "windows"
+    prepare.prepare({"source": "python_docs", "tokenizer": "bytes", "length": 32}, folder)
+    return folder

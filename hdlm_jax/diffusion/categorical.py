@@ -58,6 +58,7 @@ def invert(weights_K: Array, unit: Array, part: Array) -> Array:
     # Rounding moves the end of the CDF off 2^23 by more than a tail may weigh, so the uniform is stretched.
     excess = (cdf_whole_K[..., -1:] - UNITS) + cdf_part_K[..., -1:]
     passed_K = (cdf_whole_K - unit) + (cdf_part_K - part - unit * (excess / UNITS)) > 0
+    # A backend may round each entry of a cumulative sum on its own: weight 0 must be excluded by itself.
     index = jnp.argmax(passed_K & (weights_K > 0), -1)
     return jnp.where(passed_K[..., -1], index, jnp.argmax(weights_K, -1)).astype(jnp.int32)
 

@@ -172,5 +172,6 @@ def bound(process: NoisingProcess, reading: str) -> Loss:
 
 def _at(scores_RxV: Array, index_R: Array) -> Array:
     # a masked sum fuses with its neighbours, and so does its gradient; a gather's is a scatter
-    here = jnp.arange(scores_RxV.shape[-1]) == index_R[..., None]
+    ids = jax.lax.broadcasted_iota(index_R.dtype, scores_RxV.shape, scores_RxV.ndim - 1)
+    here = ids == index_R[..., None]
     return jnp.where(here, scores_RxV, 0.0).sum(-1)

@@ -102,7 +102,8 @@ def build_hyperschedule(config: ConfigDict, length: int) -> Hyperschedule:
 
 def build_reverse(sampler: ConfigDict, process: NoisingProcess, reading: str) -> ReverseStep:
     """The reverse step of an experiment's `sampler` block, for a network read by `reading`."""
-    return reverse.build(sampler.kind, process, reading=reading, eta=sampler.eta)
+    dials = {"eta": sampler.eta} if sampler.kind in ("acs", "acs_published") else {}
+    return reverse.build(sampler.kind, process, reading=reading, **dials)
 
 
 def choose_layout(model: TransformerConfig, hs: Hyperschedule) -> str:

@@ -107,7 +107,8 @@ def mean_loss(
 def _head_loss(parts: Parts, head: dict, hidden_CxRxD: Array, columns) -> tuple[Array, dict[str, Array]]:
     """Sum of the loss and of each of its terms over C chunks of rows."""
     return jax.tree.map(
-        lambda x: x.sum(0), jax.lax.map(lambda piece: _chunk_loss(parts, head, *piece), (hidden_CxRxD, columns))
+        lambda x: x.sum(0),
+        jax.lax.map(lambda piece: _chunk_loss(parts, head, *piece), (hidden_CxRxD, columns)),
     )
 
 
@@ -141,7 +142,13 @@ def _hidden(parts: Parts, params: dict, x0_BxL: Array, noised: Noised, dropout_r
     fed = rows(parts, x0_BxL, noised)
     level = parts.schedule.sigma(fed.alpha) if parts.model.conditioning else None
     hidden, _ = forward(
-        parts.model, params, fed.tokens, fed.positions, fed.attention, sigma_BxR=level, dropout_rng=dropout_rng
+        parts.model,
+        params,
+        fed.tokens,
+        fed.positions,
+        fed.attention,
+        sigma_BxR=level,
+        dropout_rng=dropout_rng,
     )
     first, end = fed.predicting
     return hidden[:, first:end]

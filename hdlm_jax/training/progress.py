@@ -2,24 +2,41 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
 QUIET = 10.0  # seconds between plain lines
 
 
 class Progress:
-    """A context manager; `update` shows a record, `note` a message."""
+    """Step, loss, tokens/s, MFU and time left; a context manager.
 
-    def __init__(self, total: int, first: int = 0):
-        self._total, self._first = total, first
-        self._start = self._shown = time.monotonic()
-        self._bar = None
+    Args:
+      total: steps of the whole run.
+      first: steps done before.
+      stream: standard error by default.
+      now: seconds on a clock that never goes back.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        first: int = 0,
+        stream: TextIO | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._first, self._now = total, first, now
+        self._stream = sys.stderr if stream is None else stream
+        self._start, self._shown = now(), float("-inf")
+        self._bar: Any = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if self._stream.isatty():
             import tqdm
 
-            self._bar = tqdm.tqdm(total=self._total, initial=self._first, unit="step", dynamic_ncols=True)
+            self._bar = tqdm.tqdm(
+                total=self._total, initial=self._first, unit="step", dynamic_ncols=True, file=self._stream
+            )
         return self
 
     def __exit__(self, *_) -> None:
@@ -27,29 +44,31 @@ class Progress:
             self._bar.close()
 
     def update(self, done: int, record: Mapping[str, float]) -> None:
-        """Shows step, loss, speed and, on plain lines, the time left."""
-        shown = _shown(record)
+        """Shows a record after `done` steps: on the bar, or as a line unless the last one is recent.
+
+        Reads `train/loss`, `train/tokens_per_second` and `train/mfu`, each if it is there.
+        """
         if self._bar is not None:
-            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.set_postfix_str(_text(record), refresh=False)
             self._bar.update(done - self._bar.n)
-            return
-        now = time.monotonic()
-        if now - self._shown >= QUIET or done == self._total:
-            left = (now - self._start) / max(1, done - self._first) * (self._total - done)
-            self.note(f"step {done}/{self._total}: {shown}, {clock(left)} left")
-            self._shown = now
+        elif self._now() - self._shown >= QUIET or done >= self._total:
+            self._shown = self._now()
+            left = (self._shown - self._start) / max(1, done - self._first) * (self._total - done)
+            self.note(f"step {done}/{self._total}: {_text(record)}, {clock(left)} left")
 
     def note(self, message: str) -> None:
-        """Prints a line of its own."""
+        """Prints a line of its own, above the bar."""
         if self._bar is not None:
-            self._bar.write(message, file=sys.stderr)
+            self._bar.write(message, file=self._stream)
         else:
-            print(message, file=sys.stderr, flush=True)
+            print(message, file=self._stream, flush=True)
 
 
-def _shown(record: Mapping[str, float]) -> str:
-    parts = [f"loss {record['train/loss']:.3f}"] if "train/loss" in record else ["no finite loss"]
-    parts.append(f"{record['train/tokens_per_second']:,.0f} tokens/s")
+def _text(record: Mapping[str, float]) -> str:
+    loss = record.get("train/loss")
+    parts = ["no finite loss" if loss is None else f"loss {loss:.3f}"]
+    if "train/tokens_per_second" in record:
+        parts.append(f"{record['train/tokens_per_second']:,.0f} tokens/s")
     if "train/mfu" in record:
         parts.append(f"MFU {record['train/mfu']:.1%}")
     return ", ".join(parts)

@@ -2,6 +2,7 @@
 
 hdlm draw hyperschedule --config experiments/quickstart.py --out hyperschedule.png
 hdlm draw hyperschedule --kind slide --length 64 --width 16 --rate 2 --out slide.png
+hdlm draw visibility --kind slide --length 48 --width 8 --rate 1 --out masks.png
 hdlm draw loss --run runs/quickstart --out loss.png
 """
 
@@ -14,19 +15,28 @@ def add_arguments(parser):
     """The verb's flags."""
     kinds = parser.add_subparsers(metavar="PICTURE", required=True)
     hs = kinds.add_parser("hyperschedule", help="noise levels by step and position, beside the window")
-    hs.add_argument("--config", metavar="FILE[:ARG]", help="the hyperschedule of an experiment")
-    hs.add_argument("--kind", help="or one by name: quenched, flat, block, slide, block_slide, ar_diffusion")
-    hs.add_argument("--length", type=int, default=64, help="positions (default: 64)")
-    hs.add_argument("--width", type=int, help="window rows")
-    hs.add_argument("--rate", help="tokens settled per call, '2' or '3/2'")
-    hs.add_argument("--block", type=int, help="block_slide: tokens in which the slide restarts")
-    hs.add_argument("--steps", type=int, help="flat, ar_diffusion: generation steps")
     hs.set_defaults(picture=_hyperschedule)
+    masks = kinds.add_parser("visibility", help="who sees whom in training and generation")
+    masks.add_argument("--shifted", action="store_true", help="rows hold the token before the one they predict")
+    masks.add_argument("--step", type=int, help="generation step shown (default: the middle one)")
+    masks.set_defaults(picture=_visibility)
     loss = kinds.add_parser("loss", help="training and held-out curves of a run")
     loss.add_argument("--run", dest="folder", required=True, metavar="DIR", help="a run folder")
     loss.set_defaults(picture=_loss)
-    for kind in (hs, loss):
+    for kind in (hs, masks):
+        _add_hyperschedule(kind)
+    for kind in (hs, masks, loss):
         kind.add_argument("--out", required=True, metavar="FILE", help="file to write")
+
+
+def _add_hyperschedule(parser):
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="the hyperschedule of an experiment")
+    parser.add_argument("--kind", help="or one by name: quenched, flat, block, slide, block_slide, ar_diffusion")
+    parser.add_argument("--length", type=int, default=64, help="positions (default: 64)")
+    parser.add_argument("--width", type=int, help="window rows")
+    parser.add_argument("--rate", help="tokens settled per call, '2' or '3/2'")
+    parser.add_argument("--block", type=int, help="block_slide: tokens in which the slide restarts")
+    parser.add_argument("--steps", type=int, help="flat, ar_diffusion: generation steps")
 
 
 def run(args) -> int:
@@ -39,6 +49,18 @@ def run(args) -> int:
 
 
 def _hyperschedule(args, figures):
+    return figures.hyperschedule(_chosen(args))
+
+
+def _visibility(args, figures):
+    from hdlm_jax.visual import masks
+
+    figure = masks.visibility_masks(_chosen(args), args.shifted, args.step)
+    print(figure.get_suptitle())
+    return figure
+
+
+def _chosen(args):
     from hdlm_jax.diffusion import hyperschedules
     from hdlm_jax.models import parts
 
@@ -47,9 +69,9 @@ def _hyperschedule(args, figures):
     )
     if args.config is not None:
         config = configs.load(args.config, args.overrides)
-        return figures.hyperschedule(parts.build_hyperschedule(config, config.data.length))
+        return parts.build_hyperschedule(config, config.data.length)
     fields = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
-    return figures.hyperschedule(hyperschedules.build(args.kind, args.length, **fields))
+    return hyperschedules.build(args.kind, args.length, **fields)
 
 
 def _loss(args, figures):

@@ -49,7 +49,7 @@ def hyperschedule(hs: Hyperschedule, title: str = "") -> Figure:
     start_C, stop_C = map(np.asarray, jax.jit(jax.vmap(hs.window))(calls_C))
     figure = Figure(figsize=(10.5, 6.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 3))
-    _heat_map(left, levels_SxL, hs.tau_max, hs.num_steps)
+    heat_map(left, levels_SxL, hs.tau_max, hs.num_steps)
     _window_band(right, calls_C, start_C, stop_C, hs.length)
     figure.suptitle(title or hs.describe())
     return figure
@@ -104,7 +104,8 @@ def series_of(records: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[floa
     for record in records:
         for name, value in record.items():
             quantity = name.rpartition("/")[2]
-            if quantity in ("loss", "bits_per_byte") and "step" in record and np.isfinite(value):
+            known = value is not None and "step" in record
+            if quantity in ("loss", "bits_per_byte") and known and np.isfinite(value):
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(record["step"])
                 values.append(value)
@@ -137,7 +138,7 @@ def _spread(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, _MAX_STEPS)).round().astype(np.int32))
 
 
-def _heat_map(panel: Axes, levels_SxL: np.ndarray, tau_max: int, num_steps: int) -> None:
+def heat_map(panel: Axes, levels_SxL: np.ndarray, tau_max: int, num_steps: int) -> None:
     """Levels as colours, one row per generation step downwards, with a colour bar below."""
     colors = LinearSegmentedColormap.from_list("levels", _LEVELS)
     banded = tau_max <= _MAX_BANDS

@@ -188,9 +188,7 @@ def test_no_nan_whatever_is_asked_and_gradients_are_finite(case):
         tables += [process.reverse(z, p, alpha_t, alpha_s, reading) for reading in process.readings]
         return (jnp.stack(tables) * seed_V).sum(), jnp.stack(tables)
 
-    function = jax.jit(
-        jax.vmap(jax.value_and_grad(table_sum, (0, 1, 2), has_aux=True), (0, 0, 0, 0, 0, None))
-    )
+    function = jax.jit(jax.vmap(jax.value_and_grad(table_sum, (0, 1, 2), has_aux=True), (0, 0, 0, 0, 0, None)))
     alpha_t, alpha_s, z, x, p = columns
     (_, tables), gradients = function(alpha_t, alpha_s, p, z, x, np.arange(1.0, N + 2)[None])
     tables = np.asarray(tables)
@@ -198,9 +196,7 @@ def test_no_nan_whatever_is_asked_and_gradients_are_finite(case):
     assert (tables >= 0).all()
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     stays = alpha_t == alpha_s
-    np.testing.assert_array_equal(
-        tables[stays][:, 2:].argmax(-1), np.repeat(z[stays][:, None], tables.shape[1] - 2, 1)
-    )
+    np.testing.assert_array_equal(tables[stays][:, 2:].argmax(-1), np.repeat(z[stays][:, None], tables.shape[1] - 2, 1))
     np.testing.assert_array_equal(tables[stays][:, 2:].max(-1), 1)
 
 

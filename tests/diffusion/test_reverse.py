@@ -4,7 +4,6 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import chisquare
@@ -95,9 +94,7 @@ def test_acs_tables_are_the_oracles_on_the_smoothed_posterior(eta, reading, dtyp
 def test_published_acs_is_the_oracles_on_the_raw_output():
     columns = rows(np.random.default_rng(1))
     ours = tables(reverse.acs_published(EPSILON_HYBRID, 0.3), *columns)
-    for row, z, p, alpha_t, alpha_s in zip(
-        ours, columns[0], *(c.astype(float) for c in columns[1:]), strict=True
-    ):
+    for row, z, p, alpha_t, alpha_s in zip(ours, columns[0], *(c.astype(float) for c in columns[1:]), strict=True):
         if alpha_t < 0.9:
             still = alpha_t == alpha_s
             expected = np.eye(V)[z] if still else published_table(z, p, alpha_t, alpha_s, 0.3)
@@ -184,9 +181,7 @@ def run(step, steps, logits_of):
     z = np.full((20_000, 2), N, np.int32)
     for k, levels in enumerate(itertools.pairwise(steps)):
         alpha_t, alpha_s = (np.broadcast_to(np.array(level, np.float32), (1, 2)) for level in levels)
-        z = np.asarray(
-            jitted(step)(jax.random.key(k), z, logits_of(k, z).astype(np.float32), alpha_t, alpha_s)
-        )
+        z = np.asarray(jitted(step)(jax.random.key(k), z, logits_of(k, z).astype(np.float32), alpha_t, alpha_s))
     return z
 
 
@@ -226,9 +221,7 @@ def exact_final_law(sampler, steps, reading):
     law, full = np.eye(V * V)[-1], lambda alpha: np.full(V * V, alpha, np.float32)
     for before, after in itertools.pairwise(steps):
         network = true_network(*before, reading)
-        t0, t1 = (
-            tables(sampler, z, network[:, i], full(before[i]), full(after[i])) for i, z in enumerate((z0, z1))
-        )
+        t0, t1 = (tables(sampler, z, network[:, i], full(before[i]), full(after[i])) for i, z in enumerate((z0, z1)))
         law = np.einsum("r,ra,rb->ab", law, t0, t1).ravel()
     return law.reshape(V, V)[:N, :N].ravel()
 
