@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from hdlm_jax.errors import UserError
+from hdlm_jax.errors import UserError, unknown
 
 VERBS = {
     "prepare": "tokenise a corpus once into fixed windows",
@@ -34,18 +34,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"hdlm: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # the reader of our output (head, say) went away
         return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments are bad input like any other: one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="hdlm", description=DESCRIPTION, formatter_class=kind)
+    parser = _Parser(prog="hdlm", description=DESCRIPTION, formatter_class=kind)
     from hdlm_jax import __version__
 
     parser.add_argument("--version", action="version", version=f"hdlm_jax {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs = parser.add_subparsers(metavar="VERB", dest="verb")
     asked = next((a for a in arguments if not a.startswith("-")), None)
+    if asked is not None and asked not in VERBS:
+        raise unknown("VERB", asked, VERBS)
     for name, summary in VERBS.items():
         sub = verbs.add_parser(name, help=summary, description=summary, formatter_class=kind)
         if name == asked:  # a verb's imports are heavy: only those of the one asked for
@@ -54,17 +65,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             module.add_arguments(sub)
             sub.set_defaults(module=module)
     args, rest = parser.parse_known_args(arguments)
-    args.overrides = _overrides(rest, hasattr(args, "config"))
+    if args.verb is None:
+        parser.error(f"no VERB given; allowed: {', '.join(VERBS)}")
+    args.overrides = _overrides(rest, hasattr(args, "config"), asked)
     return args
 
 
-def _overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
+def _overrides(rest: list[str], takes_config: bool, verb: str) -> dict[str, str]:
     """{"model.hidden": "128"} from ["--config.model.hidden=128"], also with a space for the equals sign."""
     found, i = {}, 0
     while i < len(rest):
         name, equals, value = rest[i].partition("=")
         if not takes_config or not name.startswith("--config."):
-            raise UserError(f"{rest[i]}: no such flag; see --help")
+            raise UserError(f"{rest[i]}: no such argument; see `hdlm {verb} --help`")
         if not equals:
             i += 1
             if i == len(rest):

@@ -6,8 +6,11 @@ into its own dataclass or factory and checks the ranges there; here only names a
 """
 
 import difflib
+import functools
 import importlib.util
 import json
+import re
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +85,10 @@ def default() -> ConfigDict:
     )
     c.loss = ConfigDict(
         {
-            "kind": "hybrid_cross_entropy",  # 'hybrid_cross_entropy' | 'epsilon_nelbo' | 'absorb_nelbo'
+            "kind": "hybrid_cross_entropy",  # or 'epsilon_nelbo', 'acs_nelbo' (at sampler.eta), 'absorb_nelbo'
             "token_weight": 1.0,  # lambda: weight of unmasked tokens (hybrid_cross_entropy)
             "inverse_survival": True,  # divide the token weights by 1 - p, as published for flat training
+            "context_weight": 0.0,  # shifted, tiled: weight of next-token cross-entropy on the clean copy
             "reconstruction_share": 0.1,  # epsilon_nelbo, continuous times: share of rows at 0+
             "noise_range": (0.0, 1.0),  # training only: draw noise fractions from this range
             "origin_share": 0.5,  # prefix training: share of rows whose text starts at a random origin
@@ -145,14 +149,38 @@ def load(spec: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
     path, _, argument = spec.partition(":")
     file = Path(path)
     known = sorted(str(p) for p in Path("experiments").rglob("*.py"))
-    if not file.is_file():
+    require(bool(known) or file.is_file(), "--config", path, "an experiment file, as experiments/quickstart.py")
+    if not file.is_file() or file.suffix != ".py":
         raise unknown("--config", path, known)
+    config = _of_file(file, argument)
+    return override(config, overrides or {})
+
+
+def _of_file(file: Path, argument: str) -> ConfigDict:
+    """What `get_config` of a file returns; whatever goes wrong in it is told with its line."""
     module_spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    require(hasattr(module, "get_config"), "--config", path, "a file that defines get_config(arg='')")
-    config = module.get_config(argument) if argument else module.get_config()
-    return override(config, overrides or {})
+    try:
+        module_spec.loader.exec_module(module)
+        require(hasattr(module, "get_config"), "--config", str(file), "a file that defines get_config(arg='')")
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # an experiment is a program: anything can go wrong in it
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename) == file.absolute()]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
+        raise UserError(f"--config: {file}, line {line}: {type(error).__name__}: {_reason(error)}") from error
+    require(isinstance(config, ConfigDict), "--config", str(file), "a get_config that returns the experiment")
+    return config
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, as one line, without the whole experiment that ml_collections prints for a wrong name."""
+    text = error.args[0] if error.args else ""
+    if isinstance(text, BaseException):
+        return _reason(text)
+    return " ".join(re.sub(r" Other fields present.*\n", " ", str(text), flags=re.DOTALL).split())
 
 
 SIZES = {
@@ -205,34 +233,63 @@ def sized(config: ConfigDict, argument: str) -> ConfigDict:
 def override(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
     """Sets dotted fields, e.g. {"model.hidden": "128"}; strings are read as the field's type.
 
+    'none' leaves a field that is None by default not given.
+
     >>> override(default(), {"model.hidden": "64"}).model.hidden
     64
+
+    Raises:
+      UserError: an unknown field, a value of another type.
     """
     for name, value in overrides.items():
-        block, leaf = config, name
-        while "." in leaf:
-            head, leaf = leaf.split(".", 1)
-            if head not in block or not isinstance(block[head], ConfigDict):
+        *heads, leaf = name.split(".")
+        block = config
+        for head in heads:
+            if head not in block:
                 raise unknown(name, head, block)
             block = block[head]
-        if leaf not in block or isinstance(block[leaf], ConfigDict):
-            raise unknown(name, leaf, [k for k in block if not isinstance(block[k], ConfigDict)])
-        kind = block.get_type(leaf)
-        block[leaf] = _convert(name, value, kind)
+            require(isinstance(block, ConfigDict), name, leaf, f"nothing below {head!r}, which is a field")
+        if leaf not in block:
+            raise unknown(name, leaf, block)
+        if isinstance(block[leaf], ConfigDict):
+            raise UserError(f"{name}: is a block; allowed: one of its fields, as {name}.{next(iter(block[leaf]))}")
+        try:
+            block[leaf] = _convert(name, value, block.get_type(leaf), block[leaf])
+        except TypeError as error:
+            raise _wrong_type(name, value, block.get_type(leaf)) from error
     return config
 
 
-def _convert(name: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, str) or kind is str:
-        return value
-    if kind is bool:
+WORDS = {int: "a whole number", float: "a number", tuple: "numbers separated by commas", str: "a text"}
+
+
+def _wrong_type(name: str, value: Any, kind: type) -> UserError:
+    return UserError(f"{name}: got {value!r}; allowed: {WORDS.get(kind, 'true or false')}")
+
+
+def _convert(name: str, value: Any, kind: type, old: Any) -> Any:
+    if name in _optional() and value in (None, "none"):
+        return None
+    require(value is not None, name, value, "a value")
+    if isinstance(value, str) and kind is bool:
         words = {"true": True, "1": True, "false": False, "0": False}
         require(value.lower() in words, name, value, "true or false")
         return words[value.lower()]
-    try:
-        return tuple(float(v) for v in value.strip("()").split(",")) if kind is tuple else kind(value)
-    except ValueError as error:
-        raise UserError(f"{name}: got {value!r}; allowed: {kind.__name__}") from error
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = tuple(float(v) for v in value.strip("()").split(",")) if kind is tuple else kind(value)
+        except ValueError as error:
+            raise _wrong_type(name, value, kind) from error
+    if kind is tuple:
+        right = isinstance(value, tuple) and len(value) == len(old)
+        require(right, name, value, f"{len(old)} numbers separated by commas")
+    return value
+
+
+@functools.cache
+def _optional() -> frozenset[str]:
+    """The fields that need not be given."""
+    return frozenset(name for name, value in _flat(default().to_dict()).items() if value is None)
 
 
 def block_fields(block: ConfigDict) -> tuple[str, dict[str, Any]]:
@@ -252,8 +309,9 @@ def to_json(config: ConfigDict) -> str:
 
 def from_json(text: str) -> ConfigDict:
     """Reads `to_json`'s output; unknown or missing fields are refused by name."""
-    config = default()
-    given, known = _flat(json.loads(text)), _flat(config.to_dict())
+    config, tree = default(), json.loads(text)
+    require(isinstance(tree, dict), "config.json", type(tree).__name__, "an object with the experiment's blocks")
+    given, known = _flat(tree), _flat(config.to_dict())
     for name in given:
         if name not in known:
             raise unknown("config.json", name, known)

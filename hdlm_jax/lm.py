@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ class LanguageModel:
         if model.conditioning:
             require(sigma is not None, "sigma", sigma, "noise levels [B, L]: this model is conditioned on them")
         rows = layouts.whole_window(model, jnp.asarray(tokens_BxL))
-        level = None if sigma is None else layouts.held(model, jnp.asarray(sigma), rows.tokens.shape[1], 0.0)
+        clean = float(self.parts.schedule.sigma(jnp.ones(())))
+        level = None if sigma is None else layouts.held(model, jnp.asarray(sigma), rows.tokens.shape[1], clean)
         hidden, _ = forward(model, self.params, rows.tokens, rows.positions, rows.attention, sigma_BxR=level)
         return logits(model, self.params, hidden[:, :L])
 
@@ -142,22 +144,23 @@ class LanguageModel:
                 raise configs.unknown("generate", name, names)
         given = {name: value for name, value in dials.items() if name in c.sampler and value is not None}
         given |= {} if sampler is None else {"kind": sampler}
-        return configs.override(c, {f"sampler.{name}": value for name, value in given.items()})
+        c = configs.override(c, {f"sampler.{name}": value for name, value in given.items()})
+        corrects = c.sampler.kind != "ancestral" or "eta" not in given
+        require(corrects, "sampler.eta", given.get("eta"), "nothing for 'ancestral', which makes no corrections")
+        return c
 
     def _hyperschedule(self, c: ConfigDict, given, dials: dict, length: int) -> Hyperschedule:
+        dials = {name: dials[name] for name in HYPERSCHEDULE_FIELDS if dials.get(name) is not None}
         if isinstance(given, Hyperschedule):
-            hs = given
-            require(hs.length == length, "hyperschedule.length", hs.length, f"{length}, the text's length")
-        else:
-            fields = {name: dials[name] for name in HYPERSCHEDULE_FIELDS if dials.get(name) is not None}
-            if given is None and not fields:
-                hs = builders.build_hyperschedule(c, length)
-            else:
-                kind = given or c.hyperschedule.kind
-                if kind == "flat":
-                    fields.setdefault("steps", c.sampler.steps)
-                hs = hyperschedules.build(kind, length, **fields)
-        return hs
+            require(given.length == length, "hyperschedule.length", given.length, f"{length}, the text's length")
+            require(not dials, ", ".join(dials), list(dials.values()), f"nothing beside {given!r}, which is complete")
+            return given
+        trained, fields = configs.block_fields(c.hyperschedule)
+        kind = given or trained
+        fields = (fields if kind == trained else {}) | dials
+        if kind in ("flat", "ar_diffusion"):
+            fields.setdefault("steps", c.sampler.steps)
+        return hyperschedules.build(kind, length, **fields)
 
 
 def load(folder: str | Path, weights: str = "ema") -> LanguageModel:
@@ -182,12 +185,13 @@ def load(folder: str | Path, weights: str = "ema") -> LanguageModel:
 def _read(text_or_path: str | Path) -> str:
     from hdlm_jax.data.corpora import read_text
 
-    is_file = isinstance(text_or_path, Path) or ("\n" not in text_or_path and Path(text_or_path[:4096]).is_file())
+    is_file = isinstance(text_or_path, Path) or os.path.isfile(text_or_path)  # False for text too long for a name
     return read_text(str(text_or_path), "text") if is_file else str(text_or_path)
 
 
 def _batches(tokens, valid, batch: int):
     """Equal batches of windows, the last one filled with rows that do not count."""
+    require(batch >= 1, "batch", batch, "a positive integer")
     batch = min(batch, len(tokens))
     for first in range(0, len(tokens), batch):
         rows = np.arange(first, first + batch)

@@ -5,6 +5,7 @@ kept in `.tmp/jax_cache` of the checkout, so that a second run spends its time o
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".tmp" / "jax_cach
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,4 +50,35 @@ def docs_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("docs") / "windows"
     prepare.prepare({"source": "python_docs", "tokenizer": "bytes", "length": 32}, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of some 20 kB in paragraphs, prepared at once."""
+    rng = np.random.default_rng(0)
+    words = "the cat sat on a mat and then it saw one more red hen run by".split()
+    paragraphs = [" ".join(rng.choice(words, 40)) for _ in range(150)]
+    path = tmp_path_factory.mktemp("text") / "small.txt"
+    path.write_text("\n\n".join(paragraphs) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smoke_command(small_text: Path) -> Callable[..., list[str]]:
+    """(workdir, more arguments) -> the arguments of `hdlm` that train `smoke_run`."""
+    experiment = ["--config", f"{ROOT}/experiments/quickstart.py:smoke"]
+    experiment += ["--config.data.source=text", f"--config.data.path={small_text}"]
+    steps = {"steps": 6, "log_every": 1, "evaluate_every": 3, "checkpoint_every": 2}
+    experiment += [f"--config.training.{name}={value}" for name, value in steps.items()]
+    return lambda workdir, *more: ["train", *experiment, "--workdir", str(workdir), *more]
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory, smoke_command: Callable[..., list[str]]) -> Path:
+    """A run folder after 6 steps of the quickstart at its smoke size. Copy it before changing anything in it."""
+    from hdlm_jax.__main__ import main
+
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    assert main(smoke_command(folder)) == 0
     return folder

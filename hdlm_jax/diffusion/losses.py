@@ -79,9 +79,12 @@ def hybrid_cross_entropy(process: NoisingProcess, token_weight: float = 1.0, inv
     """The published epsilon-hybrid loss: cross-entropy at every position.
 
     Weights: the mask weight of the phase (1/p for the linear schedule) at masks; with s = 1/(1 - p), or
-    1 where `inverse_survival` is off, lambda (1 - eps) s at shuffled and lambda eps s at clean tokens.
+    1 where `inverse_survival` is off, lambda (1 - eps) s at shuffled and lambda eps s at clean tokens. A
+    token counts as shuffled when it was drawn anew, which gives it back with probability 1/N: a token that
+    equals x0 takes the mean of both weights, eps (1 - eps) (1 + 1/N) / (1 - eps + eps/N) lambda s.
     """
-    epsilon = process.epsilon
+    epsilon, N = process.epsilon, process.num_tokens
+    unchanged = epsilon * (1 - epsilon) * (1 + 1 / N) / (1 - epsilon + epsilon / N)
 
     def terms(logits_RxV, x0_R, zt_R, phase):
         nats_R = cross_entropy(logits_RxV, x0_R)
@@ -92,7 +95,7 @@ def hybrid_cross_entropy(process: NoisingProcess, token_weight: float = 1.0, inv
         return {
             "mask": jnp.where(masked, phase.mask_weight, 0.0) * nats_R,
             "shuffled": jnp.where(clean, 0.0, (1 - epsilon) * token),
-            "clean": jnp.where(clean, epsilon * token, 0.0),
+            "clean": jnp.where(clean, unchanged * token, 0.0),
         }
 
     return Loss("hybrid_cross_entropy", "hybrid" if epsilon else "posterior", False, terms)
@@ -119,6 +122,42 @@ def epsilon_nelbo(process: NoisingProcess, reading: str = "cavity") -> Loss:
     return Loss("epsilon_nelbo", reading, True, terms)
 
 
+def acs_nelbo(process: NoisingProcess, eta: float, reading: str = "cavity") -> Loss:
+    """The negative ELBO of the chain that the Adaptive Correction Sampler runs, for discrete steps.
+
+    At each step an unmasked token z is drawn again with probability h = eta (1 - pt), pt = (alpha_s -
+    alpha_t) / (1 - alpha_t), so tokens are trained at every level; eta = 0 is `epsilon_nelbo`. With v~ =
+    (1 - epsilon) v + epsilon / N the terms are `diffusion`, pt KL(x~ || p~) at masks; `correction`,
+    KL((1 - h) 1_z + h x~ || (1 - h) 1_z + h p~) at tokens; and `reconstruction` as there.
+    """
+    N, e = process.num_tokens, process.epsilon
+    own, other, log_odds = 1 - e + e / N, e / N, process.log_odds(reading)
+
+    def terms(logits_RxV, x0_R, zt_R, phase):
+        masked, last = zt_R == process.mask, phase.last_weight > 0
+        transfer = jnp.where(masked | last, 1.0, (phase.alpha_s - phase.alpha_t) / jnp.maximum(1 - phase.alpha_t, 1e-7))
+        steps = phase.mask_weight / jnp.maximum(transfer, 1e-7)
+        ids = jax.lax.broadcasted_iota(zt_R.dtype, logits_RxV.shape, logits_RxV.ndim - 1)
+        log_p = jax.nn.log_softmax(jnp.where(ids == zt_R[..., None], logits_RxV + log_odds, logits_RxV), axis=-1)
+        log_smooth = jnp.log((1 - e) * jnp.exp(log_p[..., :N]) + other)
+        at_x0, at_z = _at(log_smooth, x0_R), _at(log_smooth, jnp.minimum(zt_R, N - 1))
+        total = log_smooth.sum(-1)
+        whole = own * math.log(own) + (N - 1) * other * math.log(other) - (1 - e) * at_x0 - other * total
+        clean = zt_R == x0_R
+        rest_x = jnp.where(clean, 0.0, own * math.log(own)) + (N - 2 + clean) * other * math.log(other)
+        rest = rest_x - jnp.where(clean, 0.0, (1 - e) * at_x0) - other * (total - at_z)
+        h = eta * (1 - transfer)
+        before, after = 1 - h + h * jnp.where(clean, own, other), 1 - h + h * jnp.exp(at_z)
+        correction = h * rest + before * (jnp.log(before) - jnp.log(after))
+        return {
+            "diffusion": jnp.where(masked & ~last, phase.mask_weight, 0.0) * whole,
+            "correction": jnp.where(masked | last, 0.0, steps) * correction,
+            "reconstruction": phase.last_weight * -_at(log_p, x0_R),
+        }
+
+    return Loss("acs_nelbo", reading, True, terms)
+
+
 def absorb_nelbo(process: NoisingProcess) -> Loss:
     """The exact negative ELBO of masked diffusion (MDLM, MD4): weighted cross-entropy at masks."""
 
@@ -132,12 +171,22 @@ def absorb_nelbo(process: NoisingProcess) -> Loss:
 LOSSES = {
     "hybrid_cross_entropy": ("absorb", "epsilon_hybrid"),
     "epsilon_nelbo": ("absorb", "epsilon_hybrid"),
+    "acs_nelbo": ("epsilon_hybrid",),
     "absorb_nelbo": ("absorb",),
 }
 
 
-def build(kind: str, process: NoisingProcess, token_weight: float = 1.0, inverse_survival: bool = True) -> Loss:
-    """The loss named `kind` for a process; refuses pairs that do not belong together."""
+def build(
+    kind: str, process: NoisingProcess, token_weight: float = 1.0, inverse_survival: bool = True, eta: float = 0.0
+) -> Loss:
+    """The loss named `kind` for a process; refuses pairs that do not belong together.
+
+    Args:
+      kind: a name in `LOSSES`.
+      process: the noising process.
+      token_weight, inverse_survival: of hybrid_cross_entropy.
+      eta: of acs_nelbo, the sampler's.
+    """
     processes = choose("loss.kind", kind, LOSSES)
     require(token_weight >= 0, "loss.token_weight", token_weight, "a number >= 0")
     if process.name not in processes:
@@ -148,6 +197,10 @@ def build(kind: str, process: NoisingProcess, token_weight: float = 1.0, inverse
         )
     if kind == "hybrid_cross_entropy":
         return hybrid_cross_entropy(process, token_weight, inverse_survival)
+    if kind == "acs_nelbo":
+        require(process.epsilon > 0, "noising.epsilon", process.epsilon, "a positive share for loss.kind 'acs_nelbo'")
+        require(0 <= eta <= 1, "sampler.eta", eta, "a number in [0, 1]")
+        return acs_nelbo(process, eta)
     return epsilon_nelbo(process) if kind == "epsilon_nelbo" else absorb_nelbo(process)
 
 

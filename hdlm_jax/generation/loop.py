@@ -114,7 +114,7 @@ def cached(
     """
     params = unstacked(chain.config, params)
     plan = _plan(chain, x_BxL.shape[1], longest_prompt)
-    dtype = cache_dtype or params["embedding"].dtype
+    dtype = cache_dtype or (params["embedding"].dtype if chain.config.dtype == "float32" else chain.config.dtype)
     cache = kv_cache.empty(chain.config, x_BxL.shape[0], plan[0].slots, dtype)
     if longest_prompt:
         cache = _prefill(chain, params, cache, x_BxL, longest_prompt)

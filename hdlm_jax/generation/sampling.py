@@ -40,10 +40,12 @@ def chain(parts: Parts, hs: Hyperschedule, sampler: ConfigDict) -> loop.Chain:
     Equal settings give the same object, and so the same compiled program.
 
     Raises:
-      UserError: a hyperschedule that this model cannot sample exactly, an unknown sampler, a dial out of
-        range, corrections by a network that was not trained to make them.
+      UserError: a hyperschedule that this model cannot sample exactly, or with given positions; an unknown
+        sampler, a dial out of range, corrections by a network that was not trained to make them.
     """
     visibility.check_sampling(parts.model.visibility, parts.hs.width, hs)
+    given = int((hs.starts < 0).sum())
+    require(given == 0, "hyperschedule", f"{given} given positions", "none: what is given comes as the prompt's text")
     return _chain(parts, hs, tuple(sorted(sampler.items())))
 
 
@@ -69,7 +71,7 @@ def draw(
         require(len(ids) < length, "prompt", f"{len(ids)} tokens", f"fewer than the text's {length} tokens")
         x_BxL[i, : len(ids)], origin_B[i] = ids, len(ids)
     prior_rng, rng = jax.random.split(jax.random.key(seed))
-    noise = chain.process.prior(prior_rng, x_BxL.shape)
+    noise = chain.process.prior(prior_rng, x_BxL.shape, chain.alpha(jnp.asarray(chain.hs.tau_max)))
     given = np.arange(length)[None, :] < origin_B[:, None]
     x_BxL = jnp.where(given, x_BxL, noise).astype(jnp.int32)
     rng_B = jax.random.split(rng, len(prompts))
@@ -83,6 +85,8 @@ def draw(
 @functools.lru_cache(maxsize=64)
 def _chain(parts: Parts, hs: Hyperschedule, sampler: tuple) -> loop.Chain:
     s = ConfigDict(dict(sampler))
+    if s.kind == "ancestral":  # it makes no corrections: the experiment's eta is for the others
+        s = ConfigDict({**s, "eta": None})
     corrects = s.kind in ("acs", "acs_published") and s.eta > 0
     if corrects and parts.loss.name == "epsilon_nelbo" and not s.untrained_correction:
         raise UserError(

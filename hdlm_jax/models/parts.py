@@ -4,8 +4,10 @@ Each factory checks its own block and names its fields in errors; here the block
 do not belong together are refused.
 """
 
+import math
 from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from hdlm_jax.config import block_fields
@@ -32,6 +34,7 @@ class Parts(NamedTuple):
         position trained) or 'plain' (one generation step per text).
       noise_range: noise fractions drawn in training.
       origin_share: share of texts with a random origin in training.
+      context_weight: weight of next-token cross-entropy on the clean copy (shifted, tiled).
       reconstruction_share: share of texts at 0+ in training on the epsilon bound, continuous layout.
       rows_per_chunk: rows whose scores exist at a time.
     """
@@ -44,6 +47,7 @@ class Parts(NamedTuple):
     layout: str
     noise_range: tuple[float, float]
     origin_share: float
+    context_weight: float
     reconstruction_share: float
     rows_per_chunk: int
 
@@ -56,18 +60,27 @@ def build(config: ConfigDict, num_tokens: int, bos_id: int | None) -> Parts:
     """
     length = config.data.length
     model = TransformerConfig(num_tokens=num_tokens, length=length, bos_id=bos_id, **config.model.to_dict())
+    _check_model(model)
     hs = build_hyperschedule(config, length)
     kind, fields = block_fields(config.noise_schedule)
     schedule = noise_schedules.build(kind, **fields)
     kind, fields = block_fields(config.noising)
     process = noising.build(kind, num_tokens, **fields)
-    loss = losses.build(config.loss.kind, process, config.loss.token_weight, config.loss.inverse_survival)
+    weights = (config.loss.token_weight, config.loss.inverse_survival, config.sampler.eta)
+    loss = losses.build(config.loss.kind, process, *weights)
     layout = choose_layout(model, hs)
-    low, high = config.loss.noise_range
-    require(0 <= low < high <= 1, "loss.noise_range", (low, high), "two numbers 0 <= low < high <= 1")
-    whole = (low, high) == (0, 1) or layout == "continuous" or hs.kind == "block"
+    steps = loss.name != "acs_nelbo" or layout != "continuous"
+    require(steps, "loss.kind", loss.name, "another loss for flat (corrections are a bound over discrete steps only)")
+    context = config.loss.context_weight
+    require(context >= 0, "loss.context_weight", context, "a number >= 0")
+    copies = context == 0 or (layout == "tiled" and model.prediction == "shifted")
+    require(copies, "loss.context_weight", context, "0 unless model.prediction is 'shifted' and the layout tiled")
+    noise_range = tuple(config.loss.noise_range)
+    ordered = len(noise_range) == 2 and 0 <= noise_range[0] < noise_range[1] <= 1
+    require(ordered, "loss.noise_range", noise_range, "two numbers 0 <= low < high <= 1")
+    whole = noise_range == (0, 1) or layout == "continuous" or hs.kind == "block"
     where = f"hyperschedule.kind {hs.kind!r} with model.visibility {model.visibility!r}"
-    require(whole, "loss.noise_range", (low, high), f"(0, 1) for {where}")
+    require(whole, "loss.noise_range", noise_range, f"(0, 1) for {where}")
     share = config.loss.reconstruction_share
     require(0 < share < 1, "loss.reconstruction_share", share, "a number in (0, 1)")
     origin = config.loss.origin_share
@@ -85,11 +98,22 @@ def build(config: ConfigDict, num_tokens: int, bos_id: int | None) -> Parts:
         process=process,
         loss=loss,
         layout=layout,
-        noise_range=(low, high),
+        noise_range=noise_range,
         origin_share=origin if model.visibility == "prefix" else 0.0,
+        context_weight=context,
         reconstruction_share=share if loss.name == "epsilon_nelbo" and layout == "continuous" else 0.0,
         rows_per_chunk=config.loss.rows_per_chunk,
     )
+
+
+def _check_model(model: TransformerConfig) -> None:
+    base, drift = model.rotary_base, model.interpolation
+    require(0 < base < math.inf, "model.rotary_base", base, "a positive number")
+    require(0 <= drift < math.inf, "model.interpolation", drift, "0 (off) or a positive number")
+    seen = drift == 0 or model.conditioning > 0
+    require(seen, "model.interpolation", drift, "0 for a network that does not see the noise level (conditioning 0)")
+    wide = model.dtype != "float64" or jax.config.jax_enable_x64
+    require(wide, "model.dtype", model.dtype, "'float32', 'bfloat16' ('float64' needs JAX_ENABLE_X64=1)")
 
 
 def build_hyperschedule(config: ConfigDict, length: int) -> Hyperschedule:

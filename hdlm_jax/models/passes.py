@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from hdlm_jax.diffusion import phases, visibility
+from hdlm_jax.diffusion.losses import cross_entropy
 from hdlm_jax.diffusion.phases import Phase
 from hdlm_jax.models import layouts
 from hdlm_jax.models.layouts import Rows
@@ -80,7 +81,9 @@ def terms(parts: Parts, params: dict, x0_BxL: Array, noised: Noised, per_positio
     Returns:
       {name: float [B, L]}.
     """
-    pieces = _pieces(parts, _hidden(parts, params, x0_BxL, noised, None), (x0_BxL, *noised))
+    hidden, fed = _run(parts, params, x0_BxL, noised, None)
+    first, end = fed.predicting
+    pieces = _pieces(parts, hidden[:, first:end], (x0_BxL, *noised))
     head = _head(params)
     out = jax.lax.map(lambda piece: per_position(_scores(parts, head, piece[0]), *piece[1]), pieces)
     return {name: x.reshape(-1)[: x0_BxL.size].reshape(x0_BxL.shape) for name, x in out.items()}
@@ -97,23 +100,34 @@ def mean_loss(
     Args:
       dropout_rng: PRNG key; None switches dropout off.
     """
-    hidden = _hidden(parts, params, x0_BxL, noised, dropout_rng)
-    sums = _head_loss(parts, _head(params), *_pieces(parts, hidden, (x0_BxL, *noised)))
-    means = {name: jax.lax.stop_gradient(x) / x0_BxL.size for name, x in sums[1].items()}
-    return sums[0] / x0_BxL.size, means
+    hidden, fed = _run(parts, params, x0_BxL, noised, dropout_rng)
+    first, end = fed.predicting
+    head, columns = _head(params), (x0_BxL, *noised)
+    total, sums = _head_loss(parts, parts.loss.terms, head, *_pieces(parts, hidden[:, first:end], columns))
+    if parts.context_weight and first:  # the clean copy's rows are those of a GPT
+        clean = _pieces(parts, hidden[:, : x0_BxL.shape[1]], (*columns, jnp.ones(x0_BxL.shape)))
+        extra, more = _head_loss(parts, _next_token, head, *clean)
+        total, sums = total + parts.context_weight * extra, sums | more
+    means = {name: jax.lax.stop_gradient(x) / x0_BxL.size for name, x in sums.items()}
+    return total / x0_BxL.size, means
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_loss(parts: Parts, head: dict, hidden_CxRxD: Array, columns) -> tuple[Array, dict[str, Array]]:
-    """Sum of the loss and of each of its terms over C chunks of rows."""
-    return jax.tree.map(
-        lambda x: x.sum(0),
-        jax.lax.map(lambda piece: _chunk_loss(parts, head, *piece), (hidden_CxRxD, columns)),
-    )
+def _next_token(scores_RxV: Array, x0_R: Array, zt_R: Array, phase: Phase, counts_R: Array) -> dict[str, Array]:
+    return {"context": counts_R * cross_entropy(scores_RxV, x0_R)}
 
 
-def _head_loss_forward(parts, head, hidden_CxRxD, columns):
-    grad = jax.value_and_grad(functools.partial(_chunk_loss, parts), argnums=(0, 1), has_aux=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _head_loss(
+    parts: Parts, per_position: Callable, head: dict, hidden_CxRxD: Array, columns
+) -> tuple[Array, dict[str, Array]]:
+    """Sum of the terms, and of each of them, over C chunks of rows."""
+    chunk = functools.partial(_chunk_loss, parts, per_position, head)
+    return jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda piece: chunk(*piece), (hidden_CxRxD, columns)))
+
+
+def _head_loss_forward(parts, per_position, head, hidden_CxRxD, columns):
+    chunk = functools.partial(_chunk_loss, parts, per_position)
+    grad = jax.value_and_grad(chunk, argnums=(0, 1), has_aux=True)
 
     def add(head_gradient, piece):
         sums, (to_head, to_hidden) = grad(head, *piece)
@@ -124,7 +138,7 @@ def _head_loss_forward(parts, head, hidden_CxRxD, columns):
     return jax.tree.map(lambda x: x.sum(0), sums), (head_gradient, hidden_gradient)
 
 
-def _head_loss_backward(parts, gradients, cotangent):
+def _head_loss_backward(parts, per_position, gradients, cotangent):
     scaled = jax.tree.map(lambda x: x * cotangent[0].astype(x.dtype), gradients)
     return *scaled, None
 
@@ -132,26 +146,19 @@ def _head_loss_backward(parts, gradients, cotangent):
 _head_loss.defvjp(_head_loss_forward, _head_loss_backward)
 
 
-def _chunk_loss(parts: Parts, head: dict, hidden_RxD: Array, columns) -> tuple[Array, dict[str, Array]]:
-    sums = {name: x.sum() for name, x in parts.loss.terms(_scores(parts, head, hidden_RxD), *columns).items()}
+def _chunk_loss(parts: Parts, per_position: Callable, head: dict, hidden_RxD: Array, columns):
+    sums = {name: x.sum() for name, x in per_position(_scores(parts, head, hidden_RxD), *columns).items()}
     return sum(sums.values()), sums
 
 
-def _hidden(parts: Parts, params: dict, x0_BxL: Array, noised: Noised, dropout_rng: Array | None) -> Array:
-    """The final rows [B, L, D] that predict tokens 0..L-1."""
+def _run(parts: Parts, params: dict, x0_BxL: Array, noised: Noised, dropout_rng: Array | None) -> tuple[Array, Rows]:
+    """The final hidden rows [B, R, D] of a pass, and what was fed."""
     fed = rows(parts, x0_BxL, noised)
     level = parts.schedule.sigma(fed.alpha) if parts.model.conditioning else None
     hidden, _ = forward(
-        parts.model,
-        params,
-        fed.tokens,
-        fed.positions,
-        fed.attention,
-        sigma_BxR=level,
-        dropout_rng=dropout_rng,
+        parts.model, params, fed.tokens, fed.positions, fed.attention, sigma_BxR=level, dropout_rng=dropout_rng
     )
-    first, end = fed.predicting
-    return hidden[:, first:end]
+    return hidden, fed
 
 
 def _head(params: dict) -> dict:

@@ -1,5 +1,6 @@
 """Checkpoints that can be trusted: written in the background, checked in every bit when they are read."""
 
+import contextlib
 import math
 import shutil
 import sys
@@ -28,8 +29,8 @@ def to_stderr(message: str) -> None:
 class Checkpoints:
     """The checkpoints of one run, as a context manager: leaving it waits for what is being written.
 
-    All processes of a run make the same calls in the same order. One live run per folder: what an earlier
-    one left half-written is removed on entry.
+    All processes of a run make the same calls in the same order. One live run per folder: a save removes
+    what earlier ones have left half-written.
 
     Args:
       folder: holds one folder per step; made on entry.
@@ -70,7 +71,7 @@ class Checkpoints:
         if failure and error is None:
             raise failure
         if failure:
-            self._report(str(failure))
+            self._say(str(failure))
 
     def steps(self) -> list[int]:
         """The steps there are, in order; one that is being written counts."""
@@ -132,17 +133,17 @@ class Checkpoints:
             return None
         for bad, reason in damaged.items():
             place = self._set_aside(bad)
-            self._report(f"checkpoint {bad} in {self.folder} is damaged ({reason}): set aside as {place}")
+            self._say(f"checkpoint {bad} in {self.folder} is damaged ({reason}): set aside as {place}")
         if damaged:
-            self._report(f"going on from checkpoint {step}")
+            self._say(f"going on from checkpoint {step}")
         return jax.tree.unflatten(jax.tree.structure(abstract), list(found.values())), step
 
     def _start(self, step: int, state: Any, metrics: Mapping[str, float]) -> None:
         leaves = named_leaves(state)
-        self._sweep()
         _check_room(self.folder, step, sum(leaf.nbytes for leaf in leaves.values()))
         self._score(step, metrics)
         try:
+            self._sweep()
             self._storage.save(self._manager, step, leaves, metrics)
         except (OSError, ValueError) as error:
             raise self._failed(step, error) from error
@@ -161,13 +162,18 @@ class Checkpoints:
 
     def _failed(self, step: int | None, error: Exception) -> CheckpointError:
         """Goes back to the steps that are there, and says what happened."""
-        self._sweep()
         self._scores.pop(step, None)
-        self._manager.reload()
-        return CheckpointError(f"checkpoint {step} could not be written to {self.folder}: {_first_line(error)}")
+        with contextlib.suppress(OSError):  # a folder that is out of reach
+            self._sweep()
+            self._manager.reload()
+        return CheckpointError(f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}")
+
+    def _say(self, message: str) -> None:
+        if jax.process_index() == 0:
+            self._report(message)
 
     def _sweep(self) -> None:
-        """Removes what a failed save has left half-written; nothing is being written when it is called."""
+        """Removes what a failed or killed save has left half-written; nothing is being written by now."""
         if jax.process_index() == 0:
             for leftover in self.folder.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -249,7 +255,7 @@ def _newest(steps: list[int], read: Callable[[int], Any]) -> tuple[Any, int | No
         except UserError:
             raise
         except Exception as error:  # damage comes out of Orbax as anything, down to a bare Exception
-            reason = _first_line(error)
+            reason = _reason(error)
         if _everywhere(not reason):
             return found, step, damaged
         damaged[step] = reason or "another process could not read it"
@@ -274,9 +280,10 @@ def _none_intact(folder: Path, damaged: Mapping[int, str]) -> CheckpointError:
     return CheckpointError(f"no checkpoint in {folder} can be read ({reasons}); nothing was changed")
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The first line of an error; of a long one the two ends, where Orbax says what and why."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return text if len(text) <= 250 else f"{text[:120]} ... {text[-120:]}"
 
 
 def _on_host(leaf: Any) -> np.ndarray:
@@ -293,7 +300,7 @@ def _check_writable(folder: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise CheckpointError(f"checkpoints cannot be written to {folder}: {_first_line(error)}") from error
+        raise CheckpointError(f"checkpoints cannot be written to {folder}: {_reason(error)}") from error
 
 
 def _check_room(folder: Path, step: int, needed: int) -> None:
@@ -301,7 +308,7 @@ def _check_room(folder: Path, step: int, needed: int) -> None:
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise CheckpointError(f"checkpoint {step} could not be written to {folder}: {_first_line(error)}") from error
+        raise CheckpointError(f"checkpoint {step} could not be written to {folder}: {_reason(error)}") from error
     if not _everywhere(needed < free):
         room = f"it needs up to {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
         raise CheckpointError(f"checkpoint {step} could not be written to {folder}: {room}")

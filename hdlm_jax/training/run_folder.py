@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from hdlm_jax import config as configs
 from hdlm_jax.errors import UserError, require
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+LOCK = ".lock"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -30,6 +32,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
       UserError: the folder cannot be written to.
     """
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -38,41 +41,53 @@ def write_whole(path: Path, text: str) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes the folder this experiment's, or checks that it already is.
+def refuse_other(workdir: Path, config: ConfigDict) -> None:
+    """Checks that the folder is free, or holds this very experiment; nothing is written.
 
     Raises:
       UserError: the folder holds another experiment; the message shows the differing fields.
     """
-    path = workdir / "config.json"
-    if path.exists():
-        old = read_config(workdir)
-        if diff := configs.differences(old, config):
-            raise UserError(
-                f"--workdir: {workdir} holds another experiment; allowed: the same config, or a new folder\n{diff}"
-            )
+    if not (workdir / "config.json").exists():
         return
-    write_whole(path, configs.to_json(config))
-    write_whole(workdir / "env.json", json.dumps(environment(), indent=2, sort_keys=True) + "\n")
+    if diff := configs.differences(read_config(workdir), config):
+        raise UserError(
+            f"--workdir: {workdir} holds another experiment; allowed: the same config, or a new folder\n{diff}"
+        )
 
 
-def claim_data(workdir: Path, manifest: Mapping[str, Any]) -> None:
-    """Notes which data the run reads, or checks that they are still the same.
+def claim(workdir: Path, config: ConfigDict, manifest: Mapping[str, Any]) -> None:
+    """Makes the folder this experiment's on these data, or checks that it already is.
+
+    Args:
+      manifest: of the prepared data.
 
     Raises:
-      UserError: the data differ from those the run began with.
+      UserError: the folder holds another experiment, or the run began with other data; nothing is written.
     """
+    refuse_other(workdir, config)
     about = {"corpus": manifest["corpus"], "tokenizer": manifest["tokenizer"]}
-    path = workdir / "data.json"
-    if not path.exists():
-        write_whole(path, json.dumps(about, indent=2, sort_keys=True) + "\n")
-        return
-    old = json.loads(path.read_text(encoding="utf-8"))
-    allowed = f"the data the run began with, {old}"
-    require(old == about, "data", about, allowed)
+    if (workdir / "data.json").exists():
+        begun = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
+        changes = [_change(part, begun[part], about[part]) for part in about if begun[part] != about[part]]
+        if changes:
+            raise UserError(f"data: not those that {workdir} began with: {'; '.join(changes)}; nothing was changed")
+    for name, text in (
+        ("config.json", configs.to_json(config)),
+        ("env.json", json.dumps(environment(), indent=2, sort_keys=True) + "\n"),
+        ("data.json", json.dumps(about, indent=2, sort_keys=True) + "\n"),
+    ):
+        if not (workdir / name).exists():
+            write_whole(workdir / name, text)
+
+
+def _change(part: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    named = lambda about: f"{about['name']!r} (sha256 {about['sha256'][:12]})"
+    return f"{part} was {named(old)}, is {named(new)}"
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -109,12 +124,15 @@ def environment() -> dict:
 def locked(workdir: Path) -> Iterator[None]:
     """Holds the folder for this process; the lock goes with the process, however it ends.
 
+    A folder that was made here and got nothing written into it is removed again.
+
     Raises:
       UserError: a live process trains in this folder, or the folder cannot be written to.
     """
+    made = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / ".lock", "a+")  # noqa: SIM115 (held open for as long as the lock)
+        file = open(workdir / LOCK, "a+")  # noqa: SIM115 (held open for as long as the lock)
     except OSError as error:
         raise UserError(f"--workdir: {workdir} cannot be written to ({error.strerror})") from error
     with file:
@@ -129,4 +147,8 @@ def locked(workdir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if made and [path.name for path in workdir.iterdir()] == [LOCK]:  # nothing came of it
+                shutil.rmtree(workdir)

@@ -42,9 +42,8 @@ def train_step(update: Update, state: TrainState, x0_BxL: Array, rng: Array) -> 
     noise_rng, dropout_rng = jax.random.split(jax.random.fold_in(rng, state.step))
     noised = passes.noise(update.parts, noise_rng, x0_BxL)
     loss = _mean_loss(update.parts)
-    (_, terms), gradient = _accumulated(loss, update.accumulation, state.params, (x0_BxL, noised), dropout_rng)
+    (total, terms), gradient = _accumulated(loss, update.accumulation, state.params, (x0_BxL, noised), dropout_rng)
     norm = optax.tree.norm(gradient)
-    total = sum(terms.values())
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
     step = state.step + 1
 

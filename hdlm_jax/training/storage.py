@@ -34,7 +34,7 @@ def manager(
       folder: absolute; made unless `reading`.
       keep: None keeps every step.
       scores: the lowest one is the best step's; read at every save.
-      reading: touch nothing (otherwise what an earlier process left half-written is removed).
+      reading: nothing will be saved.
     """
     # Whatever goes wrong in Orbax's threads also reaches the caller as an exception; its logged stack
     # traces, several for one full disk, would bury our message.
@@ -42,7 +42,6 @@ def manager(
     kept = [policies.LatestN(keep), _Best({} if scores is None else scores)]
     options = ocp.CheckpointManagerOptions(
         create=not reading,
-        cleanup_tmp_directories=not reading,
         enable_async_checkpointing=not reading,
         preservation_policy=policies.AnyPreservationPolicy(kept),
     )

@@ -15,11 +15,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hdlm_jax.data import pipeline
-from hdlm_jax.data.prepare import Prepared, open_or_prepare
+from hdlm_jax.data.prepare import DataConfig, Prepared, open_or_prepare
 from hdlm_jax.errors import UserError, require
 from hdlm_jax.evaluation import perplexity
 from hdlm_jax.evaluation.perplexity import Bound
 from hdlm_jax.generation import sampling
+from hdlm_jax.generation.loop import Chain
 from hdlm_jax.models import parts as builders
 from hdlm_jax.models import transformer
 from hdlm_jax.models.parts import Parts
@@ -60,38 +61,48 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     workdir = Path(workdir)
     check(config)
     with run_folder.locked(workdir):
-        run_folder.claim(workdir, config)
+        run_folder.refuse_other(workdir, config)
         data = open_or_prepare(config.data.to_dict(), workdir / "data")
-        run_folder.claim_data(workdir, data.manifest)
-        data.tokenizer.save(workdir)
         parts = builders.build(config, data.tokenizer.num_tokens, data.tokenizer.bos_id)
         mesh = sharding.mesh(config.mesh)
-        sharding.check_batch(config.training.batch, config.training.accumulation, mesh)
         tx = optimizer.build(config.optimizer, config.training.steps)
         fresh = lambda: transformer.init(parts.model, jax.random.key(config.seed))
         kept = config.optimizer.ema > 0
+        wanted = state.abstract(fresh, tx, mesh, ema=kept)
+        run_folder.claim(workdir, config, data.manifest)
+        data.tokenizer.save(workdir)
         with Checkpoints(workdir / "checkpoints", config.training.keep, best=HELD_OUT) as saved:
-            found = saved.restore(state.abstract(fresh, tx, mesh, ema=kept))
+            found = saved.restore(wanted)
             current = state.create(fresh, tx, mesh, ema=kept) if found is None else found[0]
             update = Update(parts, tx, config.optimizer, config.training.accumulation)
             return _loop(_run(config, workdir, data, parts, mesh, update, current), current, saved)
 
 
 def check(config: ConfigDict) -> None:
-    """Raises `UserError` naming the first field of the `training` block that is out of its range."""
-    for name in ("steps", "batch", "accumulation", "log_every", "checkpoint_every", "keep", "max_skipped"):
-        value = config.training[name]
-        require(value >= 1, f"training.{name}", value, "a positive integer")
+    """Refuses, by the field's name, whatever is wrong in an experiment before there are data or a folder.
+
+    Raises:
+      UserError: a field out of its range, an unknown name, parts that do not fit each other or the devices.
+    """
+    c = config.training
+    for name in ("steps", "batch", "accumulation", "log_every", "evaluate_batches", "checkpoint_every", "keep"):
+        require(c[name] >= 1, f"training.{name}", c[name], "a positive integer")
+    require(c.max_skipped >= 1, "training.max_skipped", c.max_skipped, "a positive integer")
     for name in ("evaluate_every", "sample_every"):
-        value = config.training[name]
-        require(value >= 0, f"training.{name}", value, "0 (only at the end) or a number of steps")
-    require(
-        config.training.evaluate_batches >= 1,
-        "training.evaluate_batches",
-        config.training.evaluate_batches,
-        ">= 1",
-    )
+        require(c[name] >= 0, f"training.{name}", c[name], "0 (only at the end) or a number of steps")
+    require(0 <= config.seed < 2**32, "seed", config.seed, f"a whole number from 0 to {2**32 - 1}")
+    require(config.sampler.steps >= 1, "sampler.steps", config.sampler.steps, "a positive integer")
+    DataConfig.of(config.data.to_dict())
     optimizer.check(config.optimizer)
+    sharding.check_batch(c.batch, c.accumulation, sharding.mesh(config.mesh))
+    parts = builders.build(config, num_tokens=256, bos_id=0)  # the vocabulary comes with the data
+    shape = _chain(config, parts).shape_logits
+    jax.eval_shape(shape, jax.ShapeDtypeStruct((parts.model.vocabulary,), np.float32))
+
+
+def _chain(config: ConfigDict, parts: Parts) -> Chain:
+    """What the texts drawn while training come from."""
+    return sampling.chain(parts, builders.build_hyperschedule(config, parts.model.length), config.sampler)
 
 
 def _run(config, workdir, data, parts, mesh, update, current) -> Run:
@@ -131,48 +142,63 @@ def _loop(run: Run, current: TrainState, saved: Checkpoints) -> int:
     log = MetricsLog(run.workdir)
     log.resume(first)
     pending, skipped, clock, away = [], 0, time.perf_counter(), 0.0
-    with _signals() as caught, Progress(c.steps, first) as progress, contextlib.closing(log):
+    with (
+        _signals() as caught,
+        contextlib.closing(batches),
+        contextlib.closing(log),
+        Progress(c.steps, first) as progress,
+    ):
         for done in range(first + 1, c.steps + 1):
             current, metrics = run.step(current, run.place(next(batches)), rng)
             pending.append(metrics)
-            last = done == c.steps or bool(caught)
-            if done % c.log_every == 0 or last:
-                pending, means, skipped = [], *_summary(pending, skipped)
+            signals = tuple(caught)  # one that comes later stops the next step
+            end = done == c.steps
+            if _due(done, c.log_every, end or signals):
+                means, skipped = _summary(pending, skipped)
                 now = time.perf_counter()
-                record = means | _speed(run, done, c.log_every, now - clock - away)
-                clock, away = now, 0.0
+                record = means | _speed(run, done, len(pending), now - clock - away)
+                pending, clock, away = [], now, 0.0
                 log.write(done, record)
                 progress.update(done, record)
-                _stop_if_lost(c.max_skipped, skipped, done)
+                _stop_if_lost(min(c.max_skipped, c.steps), skipped, done)
             pause = time.perf_counter()
-            bound = None
-            if _due(done, c.evaluate_every, last):
+            scores = {}
+            if _due(done, c.evaluate_every, end):
                 bound = _evaluate(run, current)
-                log.write(done, _held_out(bound))
+                scores = _held_out(bound)
+                log.write(done, scores)
                 progress.note(f"step {done}, held out: {bound}")
-            if _due(done, c.sample_every, done == c.steps):
+            if _due(done, c.checkpoint_every, end or signals):
+                _save(saved, done, current, scores, bool(metrics["skipped"]), progress)
+            if _due(done, c.sample_every, end):
                 _sample(run, current, done)
-            if _due(done, c.checkpoint_every, last):
-                saved.save(done, current, {} if bound is None else {HELD_OUT: bound.bits_per_byte})
             away += time.perf_counter() - pause
-            if caught:
-                progress.note(f"{caught[0].name}: saved at step {done}; the same command goes on from there")
-                return 128 + caught[0]
+            if signals:
+                progress.note(f"{signals[0].name}: stopped after step {done}; the same command goes on from there")
+                return 128 + signals[0]
     return 0
 
 
-def _due(done: int, every: int, last: bool) -> bool:
-    return last or (every > 0 and done % every == 0)
+def _save(saved: Checkpoints, done: int, current: TrainState, scores: dict, skipped: bool, progress: Progress):
+    """Starts a checkpoint, unless the step was skipped: then the weights may be what spoiled its loss."""
+    if skipped:
+        progress.note(f"step {done} had no finite loss or gradient: not saved, the last good checkpoint is kept")
+    else:
+        saved.save(done, current, scores)
+
+
+def _due(done: int, every: int, last: object) -> bool:
+    return bool(last) or (every > 0 and done % every == 0)
 
 
 def _announce(run: Run, current: TrainState, first: int) -> None:
     model, count = run.parts.model, transformer.num_parameters(current.params)
     corpus = run.data.manifest["corpus"]
     print(
-        f"{run.workdir}: {count:,} parameters (hidden {model.hidden}, {model.blocks} blocks), {model.prediction},"
+        f"{run.workdir}: {count:,} parameters (hidden {model.hidden}, blocks {model.blocks}), {model.prediction},"
         f" {run.parts.layout} layout; {run.parts.process.name}; {run.parts.hs.describe()}\n"
         f"data: {corpus['name']} (sha256 {corpus['sha256'][:12]}), {len(run.data.train):,} training windows of"
-        f" {model.length} {run.data.tokenizer.name} tokens, unigram byte model"
+        f" {model.length} tokens ({run.data.tokenizer.name}), unigram byte model"
         f" {run.data.manifest['unigram_bits_per_byte']:.4f} bits/byte\n"
         + (f"resumed at step {first}" if first else "fresh start"),
         flush=True,
@@ -192,7 +218,6 @@ def _summary(pending: list[dict], skipped: int) -> tuple[dict[str, float], int]:
 
 def _speed(run: Run, done: int, steps: int, seconds: float) -> dict[str, float]:
     """Learning rate, and the speed of the last `steps` steps without evaluation, samples and saves."""
-    steps = min(steps, done)
     c = run.config.training
     record = {
         "train/learning_rate": float(optimizer.learning_rate(run.config.optimizer, c.steps)(done - 1)),
@@ -242,10 +267,9 @@ def _held_out(bound: Bound) -> dict[str, float]:
 def _sample(run: Run, current: TrainState, done: int) -> None:
     """Writes a few texts to samples/."""
     c = run.config
-    hs = builders.build_hyperschedule(c, run.parts.model.length)
-    chain = sampling.chain(run.parts, hs, c.sampler)
-    out = sampling.draw(chain, state.weights(current), run.data.tokenizer, [""] * SAMPLES, hs.length, seed=done)
-    record = {"step": done, "hyperschedule": repr(hs), "sampler": c.sampler.to_dict(), "texts": out.texts}
+    chain = _chain(c, run.parts)
+    out = sampling.draw(chain, state.weights(current), run.data.tokenizer, [""] * SAMPLES, chain.hs.length, seed=done)
+    record = {"step": done, "hyperschedule": repr(chain.hs), "sampler": c.sampler.to_dict(), "texts": out.texts}
     path = run.workdir / "samples" / f"step{done}.json"
     run_folder.write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 

@@ -16,15 +16,18 @@ import json
 from hdlm_jax import config as configs
 
 STANDARD = {"data.length": 256, "training.batch": 8, "noising.epsilon": 0.01}
+KINDS = {
+    "train": "a training step, against its matrix products alone",
+    "sample": "generation, against recomputing all rows and against quenched AR",
+}
 PREFIX = {"model.visibility": "prefix", "model.prediction": "shifted"}
 
 
 def add_arguments(parser):
     """The verb's flags."""
     kinds = parser.add_subparsers(metavar="WHAT", required=True)
-    train = kinds.add_parser("train", help="a training step, against its matrix products alone")
+    train, sample = (kinds.add_parser(name, help=text, description=text) for name, text in KINDS.items())
     train.set_defaults(measure=_train)
-    sample = kinds.add_parser("sample", help="generation, against recomputing all rows and against quenched AR")
     sample.set_defaults(measure=_sample)
     for kind in (train, sample):
         kind.add_argument("--config", metavar="FILE[:ARG]", help="an experiment (default: the standard sizes)")
@@ -72,6 +75,8 @@ def _sample(args) -> list[dict]:
     from hdlm_jax.benchmarks import sample
     from hdlm_jax.diffusion import hyperschedules
 
+    for batch in args.batch:
+        configs.require(batch >= 1, "--batch", batch, "a positive integer")
     rows = []
     for length, batch in itertools.product(args.length, args.batch):
         if args.kind in ("quenched", "flat"):

@@ -9,6 +9,8 @@ the draws of noise, the hyperschedule it is a bound of, and the unigram byte mod
 
 import json
 
+from hdlm_jax.errors import require
+
 
 def add_arguments(parser):
     """The verb's flags."""
@@ -28,8 +30,10 @@ def run(args) -> int:
 
     from hdlm_jax import lm
 
+    require(0 <= args.seed < 2**32, "--seed", args.seed, f"a whole number from 0 to {2**32 - 1}")
+    require(args.batch >= 1, "--batch", args.batch, "a positive integer")
     model = lm.load(args.folder, args.weights)
-    if args.text:
+    if args.text is not None:
         bound, unigram = model.perplexity(Path(args.text), args.draws, args.seed, args.batch), None
     else:
         bound, unigram = model.held_out(Path(args.folder), args.draws, args.seed, args.batch, args.windows)

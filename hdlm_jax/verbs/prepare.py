@@ -21,7 +21,7 @@ def run(args) -> int:
     from hdlm_jax.data import prepare
 
     config = configs.load(args.config, args.overrides)
-    if args.data:
+    if args.data is not None:
         config = configs.override(config, {"data.source": "text", "data.path": args.data})
     prepared = prepare.prepare(config.data.to_dict(), args.out)
     for name, split in prepared.manifest["splits"].items():

@@ -1,12 +1,16 @@
 """Generates texts from a run; they go to the terminal and to the run's samples/ folder.
 
-hdlm sample --run runs/quickstart --num 4
-hdlm sample --run runs/quickstart --prompt "Return the " --sampler acs --eta 0.5 --temperature 0.8
-hdlm sample --run runs/quickstart --hyperschedule slide --width 8 --rate 1
+  hdlm sample --run runs/quickstart --num 4
+  hdlm sample --run runs/quickstart --prompt "Return the " --sampler acs --eta 0.5 --temperature 0.8
+  hdlm sample --run runs/quickstart --hyperschedule slide --width 8 --rate 1
+
+What no flag sets is as in the run's experiment.
 """
 
 import json
 import time
+
+from hdlm_jax.errors import require
 
 
 def add_arguments(parser):
@@ -39,6 +43,8 @@ def run(args) -> int:
     from hdlm_jax import lm
     from hdlm_jax.training.run_folder import write_whole
 
+    require(0 <= args.seed < 2**32, "--seed", args.seed, f"a whole number from 0 to {2**32 - 1}")
+    require(args.num >= 1, "--num", args.num, "a positive integer")
     names = ("eta", "temperature", "top_p", "top_k", "steps", "width", "rate", "block")
     dials = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     model = lm.load(args.folder, args.weights)

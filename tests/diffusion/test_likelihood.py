@@ -125,9 +125,7 @@ def timeless():
     """A network that does not look at the noise level: probabilities by noised text, and as a denoiser."""
     raw = softmax(np.random.default_rng(8).normal(size=((N + 1) ** L, L, N)), -1)
     place_V = (N + 1) ** np.arange(L - 1, -1, -1)
-    return raw, lambda step, zt_BxL: jnp.asarray(raw, jnp.result_type(float))[
-        (zt_BxL * place_V[None]).sum(-1)
-    ]
+    return raw, lambda step, zt_BxL: jnp.asarray(raw, jnp.result_type(float))[(zt_BxL * place_V[None]).sum(-1)]
 
 
 def test_one_position_at_a_time_is_the_chain_rule_exactly(timeless):
@@ -183,7 +181,5 @@ def test_texts_of_another_length_or_too_many_are_refused(timeless):
     with pytest.raises(UserError, match=r"text: got '2 tokens'"):
         likelihood.sampled_nelbo(jax.random.key(0), chain, timeless[1], jnp.array([[0, 1]]))
     long = chain_of("absorb", hyperschedules.quenched(20), LINEAR)
-    with pytest.raises(
-        UserError, match=r"text: got '20 tokens'; allowed: at most 1,048,576 noised texts .* 3 \*\* 20"
-    ):
+    with pytest.raises(UserError, match=r"text: got '20 tokens'; allowed: at most 1,048,576 noised texts .* 3 \*\* 20"):
         likelihood.nelbo(long, timeless[1], jnp.zeros(20, jnp.int32))

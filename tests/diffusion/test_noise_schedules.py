@@ -134,9 +134,7 @@ def test_sigma_with_another_margin_and_for_a_schedule_of_one_s_own():
 
 def test_schedules_are_values():
     assert nss.linear() == nss.build("linear", eps=None) == nss.linear(eps=0)
-    assert (
-        nss.polynomial(2) == nss.build("polynomial", w=2.0) == pickle.loads(pickle.dumps(nss.polynomial(2)))
-    )
+    assert nss.polynomial(2) == nss.build("polynomial", w=2.0) == pickle.loads(pickle.dumps(nss.polynomial(2)))
     assert hash(nss.build("clipped", base="cosine", eps=0.1)) == hash(nss.clipped(nss.cosine(), 0.1))
     assert nss.polynomial(2) != nss.polynomial(3)
 

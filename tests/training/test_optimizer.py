@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hdlm_jax.config import default, override
+from hdlm_jax.config import default
 from hdlm_jax.errors import UserError
 from hdlm_jax.models import transformer
 from hdlm_jax.training import optimizer
 
 
 def block(**fields):
-    return override(default(), {f"optimizer.{name}": value for name, value in fields.items()}).optimizer
+    made = default().optimizer
+    made.update(fields)
+    return made
 
 
 def numpy_adamw(b, params, gradients, rates, decayed):

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from hdlm_jax.config import default, override
+from hdlm_jax.config import default
 from hdlm_jax.errors import UserError
 from hdlm_jax.models import transformer
 from hdlm_jax.training import optimizer, sharding
@@ -15,7 +15,9 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 
 
 def block(data=-1, fsdp=1, tensor=1):
-    return override(default(), {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}).mesh
+    made = default().mesh
+    made.update(data=data, fsdp=fsdp, tensor=tensor)
+    return made
 
 
 def transformer_shapes(**fields):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hdlm_jax.config import default, override
+from hdlm_jax.config import default
 from hdlm_jax.errors import UserError
 from hdlm_jax.training import optimizer, sharding
 from hdlm_jax.training import state as states
@@ -14,8 +14,9 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 
 
 def mesh_of(shape, devices=None):
-    fields = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape, strict=True))
-    return sharding.mesh(override(default(), fields).mesh, devices)
+    block = default().mesh
+    block.update(dict(zip(sharding.AXES, shape, strict=True)))
+    return sharding.mesh(block, devices)
 
 
 def init():

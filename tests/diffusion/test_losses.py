@@ -1,0 +1,280 @@
+"""Losses against the exact divergences of the oracle, closed forms, brute force, and the published loss."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from hdlm_jax.diffusion import hyperschedules, losses, noise_schedules, noising, phases
+from hdlm_jax.diffusion.phases import Phase
+from hdlm_jax.errors import UserError
+from tests.oracle import hdlm_oracle as oracle
+
+N, EPSILON = 5, 0.2
+ABSORB, HYBRID = noising.absorb(N), noising.epsilon_hybrid(N, EPSILON)
+CHAINS = {"absorb": oracle.Absorb(N), "epsilon_hybrid": oracle.Epsilon(N, EPSILON)}
+FLOATS = {"float32": 2e-5, "float64": 1e-11}
+REFERENCE = Path(__file__).parents[1] / "reference" / "losses.npz"
+
+
+def time_of(process, alpha):
+    """The oracle's time at a survival."""
+    if alpha == 1:
+        return 0.0
+    if alpha >= process.alpha_max:
+        return oracle.ZERO_PLUS
+    return np.inf if alpha == 0 else -math.log(alpha)
+
+
+def scores_of(probs_RxN, rng):
+    """Network scores [R, V] with these probabilities: any constant added, -inf at the mask."""
+    scores = np.log(probs_RxN) + rng.normal(size=(len(probs_RxN), 1)) * 3
+    return np.pad(scores, ((0, 0), (0, 1)), constant_values=-np.inf)
+
+
+def step_rows(process, rng):
+    """(zt, x0, alpha_t, alpha_s) of every call that can happen, alphas exact in float32."""
+    top = process.alpha_max
+    pairs = [(0.0, 0.25), (0.0, 1.0), (0.25, 0.75), (0.75, 1.0)]
+    pairs += [(top, 1.0)] if top < 1 else []
+    rows = []
+    for alpha_t, alpha_s in pairs:
+        q_NxV = oracle.marginal_table(CHAINS[process.name], time_of(process, alpha_t))
+        rows += [(z, x, alpha_t, alpha_s) for x, z in zip(*np.nonzero(q_NxV), strict=True)]
+    zt, x0, alpha_t, alpha_s = (np.array(column) for column in zip(*rows, strict=True))
+    return zt, x0, alpha_t, alpha_s, rng.dirichlet(np.ones(N), len(zt))
+
+
+def exact_divergences(process, reading, zt, x0, alpha_t, alpha_s, probs):
+    """KL(q(z_s | zt, x0) || p(z_s | zt)) of every row by the oracle."""
+    chain, out = CHAINS[process.name], []
+    for z, x, at, a_s, p in zip(zt, x0, alpha_t, alpha_s, probs, strict=True):
+        t, s = time_of(process, at), time_of(process, a_s)
+        if reading == "hybrid":
+            p = p / ((np.arange(N) == z) + 1 / N)
+        read = oracle.restrict if reading == "posterior" else oracle.cavity_to_posterior
+        kernel = oracle.reverse_kernel(chain, s, t, z, read(chain, t, np.asarray(z), p))
+        out.append(oracle.kl(oracle.posterior(chain, s, t, z, x), kernel))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("process", "reading"),
+    [(ABSORB, "posterior"), (HYBRID, "posterior"), (HYBRID, "cavity"), (HYBRID, "hybrid")],
+    ids=["absorb", "epsilon-posterior", "epsilon-cavity", "epsilon-hybrid"],
+)
+def test_bounds_are_the_divergence_of_every_discrete_step(process, reading, dtype):
+    rng = np.random.default_rng(3)
+    zt, x0, alpha_t, alpha_s, probs = step_rows(process, rng)
+    theirs = exact_divergences(process, reading, zt, x0, alpha_t, alpha_s, probs)
+    with jax.enable_x64(dtype == "float64"):
+        at, a_s = jnp.asarray(alpha_t, dtype), jnp.asarray(alpha_s, dtype)
+        last = (a_s == 1).astype(dtype)
+        phase = Phase(at, a_s, (a_s - at) / (1 - at), last, 0 * last, 0 * last)
+        scores = jnp.asarray(scores_of(probs, rng), dtype)
+        terms = losses.bound(process, reading).terms(scores, jnp.asarray(x0), jnp.asarray(zt), phase)
+        assert all(term.dtype == dtype and (term >= -1e-6).all() for term in terms.values())
+        np.testing.assert_allclose(sum(terms.values()), theirs, atol=FLOATS[dtype] * (1 + theirs.max()))
+    if process is HYBRID:
+        np.testing.assert_array_equal(np.asarray(terms["diffusion"])[alpha_s == 1], 0)
+        np.testing.assert_array_equal(np.asarray(terms["reconstruction"])[alpha_s < 1], 0)
+
+
+@pytest.mark.parametrize("schedule", [noise_schedules.linear(), noise_schedules.cosine()], ids=["linear", "cosine"])
+@pytest.mark.parametrize("process", [ABSORB, HYBRID], ids=["absorb", "epsilon"])
+def test_bounds_at_continuous_times_are_the_closed_integrands(process, schedule):
+    rng, R = np.random.default_rng(4), 60
+    zt, x0 = rng.integers(0, N + 1, R), rng.integers(0, N, R)
+    probs, u = rng.dirichlet(np.ones(N), R), rng.uniform(0.05, 0.95, R)
+    with jax.enable_x64(True):
+        phase = jax.tree.map(lambda x: x[:, 0], phases.continuous(jnp.asarray(u), 1, schedule, process.alpha_max))
+        scores = jnp.asarray(scores_of(probs, rng))
+        terms = sum(losses.bound(process, "cavity").terms(scores, jnp.asarray(x0), jnp.asarray(zt), phase).values())
+        alpha, slope = np.asarray(phase.alpha_t), np.asarray(schedule.derivative(jnp.asarray(u)))
+    sigma = -np.log(alpha)
+    if process is ABSORB:
+        per_sigma = oracle.absorb_nelbo_integrand(sigma, zt, x0, probs)
+    else:
+        per_sigma = oracle.epsilon_nelbo_integrand(EPSILON, sigma, zt, x0, probs)
+    np.testing.assert_allclose(terms, per_sigma * -slope / alpha, rtol=1e-10)
+
+
+def test_the_reconstruction_at_0_plus_reads_tokens_by_the_cavity():
+    rng = np.random.default_rng(6)
+    zt, x0 = (grid.ravel() for grid in np.indices((N, N)))
+    probs = rng.dirichlet(np.ones(N), N * N)
+    one, zero = jnp.ones(N * N), jnp.zeros(N * N)
+    phase = Phase(one * HYBRID.alpha_max, one, zero, one / 0.1, zero, zero)
+    scores, x0, zt = jnp.asarray(scores_of(probs, rng), jnp.float32), jnp.asarray(x0), jnp.asarray(zt)
+    terms = losses.build("epsilon_nelbo", HYBRID).terms(scores, x0, zt, phase)
+    theirs = oracle.cavity_to_posterior(CHAINS["epsilon_hybrid"], oracle.ZERO_PLUS, zt, probs)
+    np.testing.assert_allclose(terms["reconstruction"], -10 * np.log(theirs[np.arange(N * N), x0]), rtol=2e-5)
+    np.testing.assert_array_equal(terms["diffusion"], 0)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-3, 0.2, 0.9])
+def test_smoothed_kl_is_the_sum_over_the_vocabulary(epsilon):
+    rng, R = np.random.default_rng(1), 30
+    probs, x0 = rng.dirichlet(np.full(N, 0.3), R), rng.integers(0, N, R).astype(np.int32)
+    smooth = lambda p: (1 - epsilon) * p + epsilon / N
+    theirs = oracle.kl(smooth(np.eye(N)[x0]), smooth(probs))
+    scores = scores_of(probs, rng)
+    np.testing.assert_allclose(losses.smoothed_kl(jnp.asarray(scores, jnp.float32), x0, N, epsilon), theirs, atol=1e-5)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(losses.smoothed_kl(jnp.asarray(scores), x0, N, epsilon), theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.5, 0.95])
+@pytest.mark.parametrize("reading", noising.READINGS)
+def test_posterior_cross_entropy_is_that_of_the_converted_probabilities(epsilon, reading):
+    process, rng = noising.epsilon_hybrid(N, epsilon), np.random.default_rng(2)
+    zt, x0 = (grid.ravel() for grid in np.indices((N + 1, N)))
+    with jax.enable_x64(True):
+        probs = jnp.asarray(rng.dirichlet(np.ones(N), len(zt)))
+        scores = jnp.asarray(scores_of(np.asarray(probs), rng))
+        zt, x0 = jnp.asarray(zt), jnp.asarray(x0)
+        p = jax.vmap(lambda z, p_N: noising.to_posterior(process, z, p_N, 0.5, reading))(zt, probs)
+        ours = losses.posterior_cross_entropy(scores, x0, zt, N, process.log_odds(reading))
+        np.testing.assert_allclose(ours, -np.log(np.take_along_axis(np.asarray(p), x0[:, None], 1)[:, 0]), atol=1e-12)
+
+
+def published_runs():
+    data = np.load(REFERENCE)
+    return sorted({name.split("/")[0] for name in data.files if "/" in name}), data
+
+
+def published_phase(data, run):
+    """[3, 16] fields of the phase that a published run drew.
+
+    Without a schedule p = (1 - 1e-4) t + 1e-4. Under a block schedule of tau levels the published level l = 0 ..
+    tau - 1 stands for p = 1e-3 + l (1 - 2e-3) / (tau - 1), and its step counts from 1: ours is one higher, one earlier.
+    """
+    shape = data["input_ids"].shape
+    if f"{run}/step" not in data:
+        p = np.broadcast_to((1 - 1e-4) * data[f"{run}/rand0"][:, None] + 1e-4, shape)
+        active = np.ones(shape, bool)
+    else:
+        tau, step = int(data[f"{run}/tau"]), int(data[f"{run}/step"]) - 1
+        hs = hyperschedules.block(shape[1], int(data[f"{run}/width"]), f"{data[f'{run}/width']}/{tau}")
+        level = np.broadcast_to(hs.levels_at(step), shape)
+        active = np.broadcast_to(np.asarray(hs.regions(step)) == hyperschedules.ACTIVE, shape)
+        p = np.where(active, 1e-3 + (level - 1) * (1 - 2e-3) / (tau - 1), 1.0)
+    p = jnp.asarray(p, jnp.float32)
+    weight = jnp.where(active, 1 / p, 0.0)
+    return Phase(1 - p, jnp.ones_like(p), weight, 0 * weight, 0 * weight, 0 * weight), active
+
+
+@pytest.mark.parametrize("run", published_runs()[0])
+def test_the_published_loss_its_weights_and_its_gradient(run):
+    """Aligned runs, as published up to the scale: theirs is a mean over the active positions of all texts.
+
+    The 1/(1 - p) of tokens belongs to the runs without a schedule only. Plain runs (std) have no shuffle and train
+    masks only. Not comparable: shifted runs (they drop rows that hold a mask and predict a token), and schedules
+    other than block, or with a level drawn inside its step (their levels have no counterpart here).
+    """
+    data = published_runs()[1]
+    x0, zt = jnp.asarray(data["input_ids"]), jnp.asarray(data[f"{run}/noisy"])
+    phase, active = published_phase(data, run)
+    vocabulary = data["logits"].shape[-1] - 1
+    if run.startswith("hyb"):
+        process = noising.epsilon_hybrid(vocabulary, float(data[f"{run}/epsilon"]))
+        loss = losses.hybrid_cross_entropy(process, float(data[f"{run}/lamb"]), "step" not in run)
+    else:
+        loss = losses.absorb_nelbo(noising.absorb(vocabulary))
+
+    def mean(scores):
+        terms = loss.terms(scores, x0, zt, phase)
+        return sum(term.sum() for term in terms.values()) / active.sum(), sum(terms.values())
+
+    (value, terms), gradient = jax.value_and_grad(mean, has_aux=True)(jnp.asarray(data["logits"]))
+    nats = -np.take_along_axis(log_softmax(data["logits"], -1), data["input_ids"][..., None], -1)[..., 0]
+    weights = data[f"{run}/weights"] if run.startswith("hyb") else terms / nats
+    # a token shuffled to itself counts as shuffled in the published code, as clean in ours
+    to_itself = (zt == x0) & (weights > 1.5 * terms / nats)
+    assert to_itself.sum() == (run == "hyb_aligned_plain_e0.3_l0.1")
+    np.testing.assert_allclose(np.where(to_itself, weights, terms / nats), weights, rtol=2e-5, atol=1e-6)
+    missing = np.where(to_itself, weights * nats - terms, 0).sum() / active.sum()
+    np.testing.assert_allclose(value + missing, data[f"{run}/loss"], rtol=1e-5)
+    theirs = np.where(to_itself[..., None], gradient, data[f"{run}/grad_logits"])
+    np.testing.assert_allclose(gradient, theirs, atol=1e-6)
+
+
+def test_the_hybrid_loss_names_its_terms_and_leaves_settled_positions_alone():
+    x0, zt = jnp.array([0, 0, 0, 0]), jnp.array([N, 1, 0, 0])
+    one = jnp.ones(4)
+    phase = Phase(one / 2, one, jnp.array([2.0, 2.0, 2.0, 0.0]), 0 * one, 0 * one, 0 * one)
+    terms = losses.hybrid_cross_entropy(HYBRID, 0.5).terms(jnp.zeros((4, N + 1)), x0, zt, phase)
+    nats = math.log(N + 1)
+    np.testing.assert_allclose(terms["mask"], [2 * nats, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(terms["shuffled"], [0, 0.5 * (1 - EPSILON) / 0.5 * nats, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(terms["clean"], [0, 0, 0.5 * EPSILON / 0.5 * nats, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", losses.LOSSES)
+def test_padded_columns_change_nothing(kind):
+    process = ABSORB if kind == "absorb_nelbo" else HYBRID
+    rng = np.random.default_rng(7)
+    zt, x0, alpha_t, alpha_s, probs = step_rows(process, rng)
+    scores, columns = scores_of(probs, rng), np.stack([alpha_t, alpha_s, 1 - alpha_t, alpha_s == 1, zt, zt])
+    phase = Phase(*jnp.asarray(columns, jnp.float32))
+    terms = jax.jit(losses.build(kind, process).terms)
+    padded = np.pad(scores, ((0, 0), (0, 3)), constant_values=-np.inf)
+    ours, theirs = (
+        terms(jnp.asarray(s, jnp.float32), jnp.asarray(x0), jnp.asarray(zt), phase) for s in (padded, scores)
+    )
+    assert {name: bool((ours[name] == theirs[name]).all()) for name in ours} == dict.fromkeys(theirs, True)
+
+
+@pytest.mark.parametrize("kind", losses.LOSSES)
+def test_gradients_are_finite_where_the_mask_is_impossible_and_rows_are_settled(kind):
+    process = ABSORB if kind == "absorb_nelbo" else HYBRID
+    scores = jnp.zeros((4, N + 1)).at[:, N].set(-jnp.inf)
+    x0, zt, zero = jnp.array([0, 0, 0, 0]), jnp.array([N, 1, 0, 0]), jnp.zeros(4)
+    alpha, weight = jnp.array([0.0, 0.5, 0.5, 1.0]), jnp.array([1.0, 1.0, 1.0, 0.0])
+    phase = Phase(alpha, jnp.ones(4), weight, weight, zero, zero)
+    total = lambda s: sum(term.sum() for term in losses.build(kind, process).terms(s, x0, zt, phase).values())
+    gradient = jax.grad(total)(scores)
+    assert bool(jnp.isfinite(gradient).all()) and not gradient[:, N].any() and not gradient[3].any()
+
+
+def test_readings_and_bounds_by_name():
+    of = {kind: losses.build(kind, ABSORB if kind == "absorb_nelbo" else HYBRID) for kind in losses.LOSSES}
+    assert {kind: (loss.reading, loss.is_bound) for kind, loss in of.items()} == {
+        "hybrid_cross_entropy": ("hybrid", False),
+        "epsilon_nelbo": ("cavity", True),
+        "absorb_nelbo": ("posterior", True),
+    }
+    assert losses.build("hybrid_cross_entropy", ABSORB).reading == "posterior"
+    assert all(loss.name == kind for kind, loss in of.items())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("process", [ABSORB, HYBRID], ids=["absorb", "epsilon"])
+def test_the_prior_divergence_is_the_oracles(process, alpha):
+    chain, time = CHAINS[process.name], time_of(process, alpha)
+    theirs = oracle.prior_kl(chain, time, 2, oracle.default_prior(chain, time))
+    assert losses.prior_kl(process, alpha) == pytest.approx(theirs, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: losses.build("absorb", ABSORB), r"loss.kind: got 'absorb'.*allowed: 'absorb_nelbo'"),
+        (
+            lambda: losses.build("absorb_nelbo", HYBRID),
+            r"got 'absorb_nelbo' with noising.kind 'epsilon_hybrid'",
+        ),
+        (lambda: losses.build("epsilon_nelbo", noising.gamma_hybrid(N, 0.1)), r"noising.kind 'gamma_hybrid'.*none yet"),
+        (lambda: losses.build("hybrid_cross_entropy", HYBRID, -1.0), r"loss.token_weight: got -1.0"),
+        (lambda: losses.bound(noising.uniform(N), "cavity"), r"noising.kind \(likelihood\): got 'uniform'"),
+        (lambda: losses.bound(HYBRID, "raw"), r"noising.reading: got 'raw'; allowed: 'cavity', 'hybrid', 'posterior'"),
+    ],
+)
+def test_pairs_that_do_not_belong_together_are_refused(call, message):
+    with pytest.raises(UserError, match=message):
+        call()

@@ -1,0 +1,189 @@
+"""The training step: accumulation, meshes, skipped steps, rematerialisation, and a golden run of a few steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from hdlm_jax import config as configs
+from hdlm_jax.models import parts as builders
+from hdlm_jax.models import passes, transformer
+from hdlm_jax.training import optimizer, sharding, state
+from hdlm_jax.training.step import Update, train_step
+
+N, L, B, STEPS = 16, 16, 8, 20
+SETTINGS = {
+    "data.length": L,
+    "model.hidden": 16,
+    "model.blocks": 2,
+    "model.heads": 2,
+    "model.dropout": 0.0,
+    "model.prediction": "shifted",
+    "model.visibility": "prefix",
+    "model.remat": "none",
+    "model.vocabulary_multiple": 8,
+    "hyperschedule.kind": "slide",
+    "hyperschedule.width": 4,
+    "hyperschedule.rate": "1",
+    "noising.epsilon": 0.1,
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.warmup": 4,
+    "optimizer.ema": 0.9,
+}
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+RNG = jax.random.key(7)
+X0_BXL = np.random.default_rng(0).integers(0, N, (B, L), np.int32)
+
+GOLDEN = {
+    "loss": [],
+    "gradient_norm": [],
+}
+REGENERATE = """a training step gives other numbers than before. If its mathematics was changed on purpose, say so in
+the commit and set GOLDEN in tests/training/test_step.py to
+GOLDEN = {}"""
+
+
+def update_of(accumulation=1, **changed):
+    """A small experiment's `Update`; `changed` are fields with __ for the dot."""
+    given = SETTINGS | {name.replace("__", "."): value for name, value in changed.items()}
+    c = configs.override(configs.default(), given)
+    tx = optimizer.build(c.optimizer, STEPS)
+    return Update(builders.build(c, num_tokens=N, bos_id=N - 1), tx, c.optimizer, accumulation)
+
+
+def mesh_of(sizes):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return sharding.mesh(ConfigDict(dict(zip(sharding.AXES, sizes, strict=True))), devices)
+
+
+def begin(update, mesh=None):
+    """A state with a head that is not zero: else the first gradients reach nothing but the head."""
+
+    def fresh():
+        params = transformer.init(update.parts.model, jax.random.key(0))
+        kernel = params["head_kernel"]
+        return params | {"head_kernel": 0.3 * jax.random.normal(jax.random.key(1), kernel.shape)}
+
+    return state.create(fresh, update.tx, mesh or mesh_of((1, 1, 1)))
+
+
+def run(update, steps, mesh=None):
+    """The state and the metrics of each step, as floats, on a mesh."""
+    mesh = mesh or mesh_of((1, 1, 1))
+    current = begin(update, mesh)
+    places = jax.tree.map(lambda x: x.sharding, current)
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    step = jax.jit(
+        functools.partial(train_step, update),
+        in_shardings=(places, rows, everywhere),
+        out_shardings=(places, everywhere),
+        donate_argnums=0,
+    )
+    x0, history = jax.device_put(X0_BXL, rows), []
+    for _ in range(steps):
+        current, metrics = step(current, x0, jax.device_put(RNG, everywhere))
+        history.append(metrics)
+    return current, [{name: float(x) for name, x in row.items()} for row in jax.device_get(history)]
+
+
+def close(a, b, relative):
+    """Whether two trees of arrays agree to `relative` of the largest element."""
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(a))
+    return all(
+        np.allclose(x, y, rtol=0, atol=relative * scale)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run(update_of(), STEPS)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_equals_the_full_batch(plain, accumulation):
+    once, (whole,) = run(update_of(), 1)
+    parts, (summed,) = run(update_of(accumulation), 1)
+    assert summed["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert summed["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-6)
+    # Adam's first moment is the gradient; its step divides by the gradient's size, and so blows up rounding
+    assert close(once.optimizer["adam"].mu, parts.optimizer["adam"].mu, 1e-6)
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+def test_the_mesh_does_not_change_the_losses(plain, sizes):
+    losses = [[row["loss"] for row in history] for history in (plain[1], run(update_of(), STEPS, mesh_of(sizes))[1])]
+    one, many = np.array(losses)
+    np.testing.assert_allclose(many[0], one[0], rtol=1e-6)
+    np.testing.assert_allclose(many, one, rtol=1e-4)
+
+
+def test_the_noise_is_the_same_on_every_mesh():
+    parts, drawn = update_of().parts, []
+    for sizes in MESHES:
+        mesh = mesh_of(sizes)
+        draw = jax.jit(functools.partial(passes.noise, parts), out_shardings=sharding.batch_sharding(mesh))
+        place = jax.device_put((RNG, X0_BXL), (sharding.replicated(mesh), sharding.batch_sharding(mesh)))
+        drawn.append(jax.device_get(draw(*place)))
+    for other in drawn[1:]:
+        jax.tree.map(np.testing.assert_array_equal, drawn[0], other)
+
+
+def test_the_loss_falls(plain):
+    losses = [row["loss"] for row in plain[1]]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    assert all(row["skipped"] == 0 for row in plain[1])
+
+
+def test_the_terms_add_up_to_the_loss(plain):
+    for row in plain[1]:
+        assert row["loss"] == pytest.approx(row["mask"] + row["shuffled"] + row["clean"], rel=1e-6)
+
+
+@pytest.mark.parametrize("broken", ["head_bias", "embedding"])
+def test_a_loss_that_is_not_finite_changes_nothing_but_the_step(broken):
+    update = update_of()
+    before = begin(update)
+    spoiled = before.params | {broken: before.params[broken].at[0].set(jnp.nan)}
+    before = before._replace(params=spoiled, step=jnp.int32(5))
+    after, metrics = jax.jit(functools.partial(train_step, update))(before, X0_BXL, RNG)
+    assert (float(metrics["skipped"]), int(after.step)) == (1, 6)
+    jax.tree.map(np.testing.assert_array_equal, after._replace(step=before.step), before)
+
+
+def test_a_good_step_moves_weights_moments_and_the_running_mean(plain):
+    update = update_of()
+    before, (after, metrics) = begin(update), run(update, 1)
+    assert metrics[0]["skipped"] == 0
+    moved = lambda a, b: not np.array_equal(a, b)
+    for part in ("params", "ema"):
+        assert all(jax.tree.leaves(jax.tree.map(moved, getattr(before, part), getattr(after, part)))), part
+    assert not close(after.params, after.ema, 1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputing_blocks_changes_nothing(dropout):
+    kept, (a,) = run(update_of(model__remat="none", model__dropout=dropout), 1)
+    recomputed, (b,) = run(update_of(model__remat="full", model__dropout=dropout), 1)
+    assert b == pytest.approx(a, rel=1e-6)
+    assert close(kept.optimizer["adam"].mu, recomputed.optimizer["adam"].mu, 1e-6)
+
+
+def test_every_pass_and_every_step_draws_its_own_dropout():
+    """With equal rows and equal noise, two passes differ by their dropout alone."""
+    update = update_of(model__dropout=0.5)
+    params, x0 = begin(update).params, jnp.asarray(X0_BXL)
+    noised = passes.noise(update.parts, RNG, x0)
+    loss = jax.jit(lambda rng: passes.mean_loss(update.parts, params, x0, noised, rng)[0])
+    losses = [float(loss(jax.random.fold_in(RNG, i))) for i in range(3)]
+    assert len(set(losses)) == 3
+    assert np.std(losses) < 0.2 * np.mean(losses)
+
+
+def test_golden_steps(plain):
+    found = {name: [round(row[name], 6) for row in plain[1][:3]] for name in GOLDEN}
+    for name, values in GOLDEN.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=REGENERATE.format(found))
