@@ -5,7 +5,6 @@ argument after a colon (`x.py:smoke`) picks a variant. Each part of the package 
 into its own dataclass or factory and checks the ranges there; here only names and types are held.
 """
 
-import difflib
 import functools
 import importlib.util
 import json
@@ -323,11 +322,16 @@ def from_json(text: str) -> ConfigDict:
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> str:
-    """A unified diff of two experiments' JSON, empty when they are equal."""
-    lines = difflib.unified_diff(
-        to_json(old).splitlines(), to_json(new).splitlines(), "run folder", "this command", lineterm="", n=0
+    """The fields in which two experiments differ, a line each; empty when they are equal.
+
+    >>> print(differences(default(), override(default(), {"model.hidden": "64"})))
+      model.hidden: 256 in the run folder, 64 in this command
+    """
+    there, here = _flat(json.loads(to_json(old))), _flat(json.loads(to_json(new)))
+    names = [name for name in there | here if there.get(name) != here.get(name)]
+    return "\n".join(
+        f"  {name}: {there.get(name)!r} in the run folder, {here.get(name)!r} in this command" for name in names
     )
-    return "\n".join(line for line in lines if not line.startswith("@@"))
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:

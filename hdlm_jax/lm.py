@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from hdlm_jax.generation import sampling
 from hdlm_jax.generation.sampling import Generation
 from hdlm_jax.models import layouts
 from hdlm_jax.models import parts as builders
-from hdlm_jax.models.transformer import forward, init, logits
+from hdlm_jax.models.transformer import TransformerConfig, forward, init, logits
 from hdlm_jax.training import checkpoints, run_folder
 
 HYPERSCHEDULE_FIELDS = ("width", "rate", "block", "steps")
@@ -126,15 +127,13 @@ class LanguageModel:
           sigma: [B, L] noise levels, for conditioned models only.
         """
         model = self.parts.model
-        B, L = tokens_BxL.shape
+        L = tokens_BxL.shape[1]
         require(model.length >= L, "tokens", f"{L} positions", f"at most {model.length}, the trained length")
         if model.conditioning:
             require(sigma is not None, "sigma", sigma, "noise levels [B, L]: this model is conditioned on them")
-        rows = layouts.whole_window(model, jnp.asarray(tokens_BxL))
+        sigma = jnp.asarray(sigma) if model.conditioning else None
         clean = float(self.parts.schedule.sigma(jnp.ones(())))
-        level = None if sigma is None else layouts.held(model, jnp.asarray(sigma), rows.tokens.shape[1], clean)
-        hidden, _ = forward(model, self.params, rows.tokens, rows.positions, rows.attention, sigma_BxR=level)
-        return logits(model, self.params, hidden[:, :L])
+        return _scores(model, clean, self.params, jnp.asarray(tokens_BxL), sigma)
 
     def _with_dials(self, sampler: str | None, dials: dict) -> ConfigDict:
         c = configs.from_json(configs.to_json(self.config))
@@ -180,6 +179,14 @@ def load(folder: str | Path, weights: str = "ema") -> LanguageModel:
     abstract = jax.eval_shape(lambda: init(parts.model, jax.random.key(0)))
     params, step = checkpoints.restore_params(folder / "checkpoints", abstract, weights)
     return LanguageModel(config, parts, jax.tree.map(jnp.asarray, params), tokenizer, step)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scores(model: TransformerConfig, clean: float, params: dict, tokens_BxL: Array, sigma_BxL: Array | None) -> Array:
+    rows = layouts.whole_window(model, tokens_BxL)
+    sigma_BxR = None if sigma_BxL is None else layouts.held(model, sigma_BxL, rows.tokens.shape[1], clean)
+    hidden, _ = forward(model, params, rows.tokens, rows.positions, rows.attention, sigma_BxR=sigma_BxR)
+    return logits(model, params, hidden[:, : tokens_BxL.shape[1]])
 
 
 def _read(text_or_path: str | Path) -> str:

@@ -57,7 +57,7 @@ def docs_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of some 20 kB in paragraphs, prepared at once."""
     rng = np.random.default_rng(0)
-    words = "the cat sat on a mat and then it saw one more red hen run by".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "saw", "one", "more", "red", "hen", "ran"]
     paragraphs = [" ".join(rng.choice(words, 40)) for _ in range(150)]
     path = tmp_path_factory.mktemp("text") / "small.txt"
     path.write_text("\n\n".join(paragraphs) + "\n")

@@ -144,7 +144,8 @@ def tiled(
 
 def survival(level: Array, tau_max: int, schedule: NoiseSchedule, alpha_max: float) -> Array:
     """Alpha of levels 0..tau_max: exactly 1 at level 0, at most the process's `alpha_max` above it."""
-    fraction = jnp.asarray(level, jnp.result_type(float)) / tau_max
+    # a compiled level / tau_max may miss 1 by a rounding error, and pure noise would keep (or owe) some tokens
+    fraction = jnp.where(level >= tau_max, 1.0, jnp.asarray(level, jnp.result_type(float)) / tau_max)
     return jnp.where(level == 0, 1.0, jnp.minimum(schedule.alpha(fraction), alpha_max))
 
 

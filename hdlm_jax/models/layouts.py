@@ -13,6 +13,7 @@ from jax import Array
 
 from hdlm_jax.diffusion import visibility
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
+from hdlm_jax.diffusion.level_laws import Table
 from hdlm_jax.diffusion.phases import Phase
 from hdlm_jax.models.attention import Attention, band_scores, dense, join, over, over_band, scores
 from hdlm_jax.models.transformer import TransformerConfig
@@ -145,6 +146,8 @@ def most_windows(hs: Hyperschedule) -> int:
     >>> most_windows(block(length=64, width=16, rate=2)), most_windows(slide(64, 16, "1/2"))
     (5, 9)
     """
+    if isinstance(hs.law, Table):  # the windows of a table may be as small as they like
+        return hs.length
     groups = hs.num_groups + 1  # an origin cuts one group in two
     return min(hs.length, groups if hs.kind == "block" else hs.length // hs.width + 2 * groups + 1)
 

@@ -9,6 +9,7 @@ What no flag sets is as in the run's experiment.
 
 import json
 import time
+from pathlib import Path
 
 from hdlm_jax.errors import require
 
@@ -38,8 +39,6 @@ def add_arguments(parser):
 
 def run(args) -> int:
     """Generates, prints and saves."""
-    from pathlib import Path
-
     from hdlm_jax import lm
     from hdlm_jax.training.run_folder import write_whole
 
@@ -59,9 +58,19 @@ def run(args) -> int:
     )
     for i, text in enumerate(out.texts):
         print(f"--- sample {i} ({out.hyperschedule.describe()})\n{text}")
-    path = Path(args.out or f"{args.folder}/samples/{time.strftime('%Y%m%d-%H%M%S')}-step{model.step}.json")
+    path = _free(Path(args.folder) / "samples", model.step) if args.out is None else Path(args.out)
     settings = {**dials, "hyperschedule": repr(out.hyperschedule), "sampler": args.sampler, "seed": args.seed}
     record = {"prompt": args.prompt, "step": model.step, "settings": settings, "texts": out.texts}
     write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     print(f"--- written to {path}")
     return 0
+
+
+def _free(folder: Path, step: int) -> Path:
+    """A file name that is not taken, with the time in it."""
+    now, count = time.strftime("%Y%m%d-%H%M%S"), 1
+    path = folder / f"{now}-step{step}.json"
+    while path.exists():
+        count += 1
+        path = folder / f"{now}-step{step}-{count}.json"
+    return path

@@ -179,6 +179,14 @@ def test_survival_is_exact_at_the_ends_and_follows_the_dtype():
         np.testing.assert_allclose(alpha, 1 - np.arange(4) / 3, rtol=1e-15)
 
 
+def test_pure_noise_keeps_nothing_in_a_compiled_program_either():
+    """XLA multiplies by 1 / tau_max and fuses the rest: 1 - 3 (1/3) would come out below 0."""
+    levels_of = lambda tau_max: phases.survival(jnp.arange(tau_max + 1), tau_max, LINEAR, 1.0)
+    alphas = jax.jit(lambda: [levels_of(tau_max) for tau_max in (1, 3, 7, 11, 41, 47)])()
+    for alpha in alphas:
+        assert alpha[0] == 1 and alpha[-1] == 0 and (np.diff(alpha) < 0).all()
+
+
 def test_weights_are_finite_where_a_schedule_rounds_to_one():
     hs = hyperschedules.flat(2, 256)
     polynomial = noise_schedules.polynomial(4)

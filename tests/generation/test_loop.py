@@ -9,131 +9,35 @@ import pytest
 from scipy.stats import chisquare
 
 from hdlm_jax.diffusion import hyperschedules, noise_schedules, noising, reverse
-from hdlm_jax.diffusion.categorical import filter_logits
 from hdlm_jax.diffusion.hyperschedules import block, block_slide, flat, quenched, slide
 from hdlm_jax.generation import loop
-from hdlm_jax.models import cache as kv_cache
 from hdlm_jax.models.attention import KV
-from hdlm_jax.models.transformer import TransformerConfig, init, unstacked
+from tests.generation.chains import (
+    ABSORB,
+    EPSILON_HYBRID,
+    ORIGINS,
+    L,
+    N,
+    assert_scores_agree,
+    chain_of,
+    generate,
+    greedy_absorb,
+    jit,
+    keys,
+    levels_of_texts,
+    noised_texts,
+    prior_texts,
+    random_params,
+    score_every_step,
+)
 
-N, L = 6, 12
-ORIGINS = (0, 3, 7)
-EPSILON_HYBRID, ABSORB = noising.epsilon_hybrid(N, 0.2), noising.absorb(N)
 KEEPS_SOME = noise_schedules.linear(eps=0.1)  # pure noise holds clean tokens, so that trailing rows matter
-
-# compilation is what these tests spend their time on
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def chain_of(hs, prediction="aligned", *, conditioning=0, schedule=None, process=EPSILON_HYBRID, sampler=None, **model):
-    """A small chain, by default of a prefix model sampled with corrections."""
-    config = TransformerConfig(
-        **{"hidden": 16, "blocks": 2, "heads": 2, "vocabulary_multiple": 8, "visibility": "prefix"} | model,
-        num_tokens=process.num_tokens,
-        length=hs.length,
-        prediction=prediction,
-        bos_id=process.num_tokens - 1,
-        conditioning=conditioning,
-        interpolation=0.3 if conditioning else 0.0,
-    )
-    sampler = sampler or reverse.acs(EPSILON_HYBRID, 0.5)
-    return loop.Chain(config, hs, schedule or noise_schedules.linear(), process, sampler)
-
-
-def greedy_absorb(hs, prediction, **model):
-    """Nothing is left to chance where every step is its position's last."""
-    chain = chain_of(hs, prediction, process=ABSORB, sampler=reverse.ancestral(ABSORB), **model)
-    return chain._replace(shape_logits=functools.partial(filter_logits, temperature=0.0))
-
-
-def random_params(config, dtype=jnp.float32):
-    """Parameters far from their start: no zero head, no zero modulation, no norm of ones."""
-    rng = np.random.default_rng(1)
-
-    def random(path, leaf):
-        fan_in = leaf.shape[-2] if "kernel" in path[-1].key else 1
-        return jnp.asarray(rng.normal(0, 1.5 * fan_in**-0.5, leaf.shape), dtype)
-
-    return jax.tree.map_with_path(random, jax.eval_shape(lambda: init(config, jax.random.key(0))))
-
-
-def relative_positions(origins=ORIGINS):
-    """[B, L], negative inside the prompts."""
-    return np.arange(L)[None] - np.array(origins)[:, None]
-
-
-def levels_of_texts(hs, origins=ORIGINS):
-    """Level of every position of every text at every step, [T + 1, B, L], from the table of levels."""
-    relative_BxL = relative_positions(origins)
-    return np.where(relative_BxL[None] < 0, 0, np.asarray(hs.levels)[:, np.maximum(relative_BxL, 0)])
-
-
-def prior_texts(process, origins=ORIGINS):
-    """What generation starts from: prompts of random tokens, then masks."""
-    x_BxL = np.random.default_rng(0).integers(0, N, (len(origins), L))
-    return jnp.asarray(np.where(relative_positions(origins) < 0, x_BxL, process.mask), jnp.int32)
-
-
-def noised_texts(hs, origins=ORIGINS):
-    """Tokens before every step [T, B, L]: settled ones fixed, the others drawn anew, masks and tokens alike."""
-    rng, level_TxBxL = np.random.default_rng(0), levels_of_texts(hs, origins)[:-1]
-    token_TxBxL = rng.integers(0, N, level_TxBxL.shape)
-    noise_TxBxL = np.where(rng.random(level_TxBxL.shape) < 0.5, N, token_TxBxL)
-    return jnp.asarray(np.where(level_TxBxL == 0, token_TxBxL[:1], noise_TxBxL), jnp.int32)
-
-
-def keys(count, seed=3):
-    return jax.random.split(jax.random.key(seed), count)
-
-
-def generate(chain, params, origins=ORIGINS, rows=slice(None), cached=True, **options):
-    """Finished tokens [B, L] and tokens after every step [T, B, L] of some rows of a batch of prompts."""
-    if cached:
-        options["longest_prompt"] = max(origins[rows])
-    run = functools.partial(loop.cached if cached else loop.recomputed, chain, record=True, **options)
-    inputs = (keys(len(origins)), prior_texts(chain.process, origins), jnp.array(origins, jnp.int32))
-    return [np.asarray(x) for x in jit(run)(params, *(x[rows] for x in inputs))]
-
-
-def score_every_step(chain, params, x_TxBxL, origins=ORIGINS, dtype=None):
-    """Scores of every call's window, cached and recomputed [T, B, W, N], and which rows count [T, B, W]."""
-    hs, origin_B, settling = chain.hs, jnp.array(origins, jnp.int32), loop.settling_rows(chain)
-
-    def run(params, x_TxBxL):
-        per_block = unstacked(chain.config, params)
-        cache = kv_cache.empty(chain.config, len(origins), L, dtype or params["embedding"].dtype)
-        if max(origins):
-            cache = loop._prefill(chain, per_block, cache, x_TxBxL[0], max(origins))
-
-        def body(cache, inputs):
-            step, x_BxL = inputs
-            fast, cache = loop.window_logits(chain, per_block, cache, x_BxL, origin_B, step, settling)
-            _, slow = loop.recomputed_logits(chain, params, x_BxL, origin_B, step)
-            relative_W = hs.window(step)[0] + jnp.arange(hs.width)
-            place_BxW = origin_B[:, None] + relative_W[None]
-            counts = (place_BxW < L) & (relative_W < hs.window(step)[1])[None]
-            slow = jnp.take_along_axis(slow, jnp.minimum(place_BxW, L - 1)[..., None], 1)
-            return cache, (fast[..., :N], slow[..., :N], counts)
-
-        return jax.lax.scan(body, cache, (jnp.arange(hs.num_steps), x_TxBxL))[1]
-
-    return [np.asarray(x) for x in jit(run)(params, x_TxBxL)]
-
-
-def assert_scores_agree(chain, params, x_TxBxL, tolerance, **options):
-    """Cached and recomputed scores differ by no more than a share of their scale."""
-    fast, slow, counts = score_every_step(chain, params, x_TxBxL, **options)
-    assert counts.any((0, 2)).all()
-    assert slow[counts].std() > 0.3
-    np.testing.assert_allclose(fast[counts], slow[counts], rtol=0, atol=tolerance * np.abs(slow[counts]).max())
-    return fast, counts
-
 
 # ---- cached scores are recomputed scores
 
 RUNS = {
     "GPT": chain_of(quenched(L), "shifted"),
-    "block": chain_of(block(L, 5, "5/2"), "shifted", conditioning=8),
+    "block": chain_of(block(L, 5, "5/2"), "shifted"),
     "slide": chain_of(slide(L, 6, "3/2")),
 }
 FEW = {
@@ -141,7 +45,7 @@ FEW = {
     "one window": chain_of(slide(L, L, 4), "shifted"),
     "block_slide": chain_of(block_slide(L, 5, 3, "3/2"), conditioning=8),
 }
-TRAILING = chain_of(slide(L, 4, 2), "shifted", conditioning=8, schedule=KEEPS_SOME)
+TRAILING = chain_of(slide(L, 4, 2), "shifted", schedule=KEEPS_SOME)
 
 
 @functools.cache
@@ -233,14 +137,19 @@ GRID = {
 @pytest.mark.parametrize("prediction", ["aligned", "shifted"])
 @pytest.mark.parametrize("kind", GRID)
 def test_cached_scores_are_recomputed_scores_everywhere(kind, prediction):
-    """Widths x rates x conditioning x noise that keeps some tokens x prompts of one length or mixed."""
-    for hs in GRID[kind]:
-        for conditioning, schedule in ((0, None), (8, None), (8, KEEPS_SOME)):
-            chain = chain_of(hs, prediction, conditioning=conditioning, schedule=schedule)
+    """Widths x rates x conditioning x trailing rows or none x prompts or none, of one length and mixed."""
+    for i, hs in enumerate(GRID[kind]):
+        plain = chain_of(hs, prediction)
+        conditioned = chain_of(hs, prediction, conditioning=8)
+        cases = [(plain, (11, 1, 0, 5)), (conditioned, ORIGINS)]
+        if prediction == "shifted" and not loop.trailing_row(plain):
+            cases.append((chain_of(hs, prediction, schedule=KEEPS_SOME), ORIGINS))
+        if i == 0:
+            cases.append((conditioned, (0, 0)))
+        for chain, origins in cases:
             with jax.enable_x64():
                 params = random_params(chain.config, jnp.float64)
-                for origins in (ORIGINS, (0, 0)) if conditioning == 0 else ((11, 1, 0, 5),):
-                    assert_scores_agree(chain, params, noised_texts(hs, origins), 1e-11, origins=origins)
+                assert_scores_agree(chain, params, noised_texts(hs, origins), 1e-11, origins=origins)
 
 
 # ---- long texts
@@ -263,7 +172,9 @@ def test_several_segments_give_the_tokens_of_one_for_the_others(name, monkeypatc
 
 @pytest.mark.parametrize("longest_prompt", [0, 5, 200])
 @pytest.mark.parametrize(
-    "hs", [quenched(300), block(300, 7, "7/2"), slide(300, 16, "8/5"), block_slide(300, 50, 8, 2), flat(300, 3)], ids=str
+    "hs",
+    [quenched(300), block(300, 7, "7/2"), slide(300, 16, "8/5"), block_slide(300, 50, 8, 2), flat(300, 3)],
+    ids=str,
 )
 def test_segments_follow_each_other_and_their_cache_holds_what_has_settled(hs, longest_prompt):
     plan = loop._plan(chain_of(hs), hs.length, longest_prompt)
@@ -283,19 +194,26 @@ def test_a_settled_token_never_changes(name):
     assert_settles_once(RUNS[name].hs, run_of(name))
 
 
-@pytest.mark.parametrize(
-    ("hs", "process", "sampler"),
-    [
-        (block(L, 4, 1), EPSILON_HYBRID, reverse.acs(EPSILON_HYBRID, 1.0)),
-        (flat(L, 5), EPSILON_HYBRID, reverse.acs_published(EPSILON_HYBRID, 0.5)),
-        (slide(L, 4, 2), noising.gamma_hybrid(N, 0.3), reverse.ancestral(noising.gamma_hybrid(N, 0.3))),
-    ],
-    ids=["acs", "acs_published", "ancestral gamma"],
-)
-def test_a_settled_token_never_changes_when_all_rows_are_fed(hs, process, sampler):
-    chain = chain_of(hs, process=process, sampler=sampler, visibility="full")
+GAMMA_HYBRID = noising.gamma_hybrid(N, 0.3)
+ALL_ROWS = {
+    "acs": chain_of(block(L, 4, 1), sampler=reverse.acs(EPSILON_HYBRID, 1.0), visibility="full"),
+    "acs_published": chain_of(flat(L, 5), sampler=reverse.acs_published(EPSILON_HYBRID, 0.5), visibility="full"),
+    "ancestral gamma": chain_of(
+        slide(L, 4, 2), process=GAMMA_HYBRID, sampler=reverse.ancestral(GAMMA_HYBRID), visibility="full"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALL_ROWS)
+def test_a_settled_token_never_changes_when_all_rows_are_fed(name):
+    assert_settles_once(ALL_ROWS[name].hs, run_of_all_rows(name))
+
+
+@functools.cache
+def run_of_all_rows(name):
+    chain = ALL_ROWS[name]
     _, history = generate(chain, random_params(chain.config), cached=False)
-    assert_settles_once(hs, np.concatenate([prior_texts(process)[None], history]))
+    return np.concatenate([prior_texts(chain.process)[None], history])
 
 
 def assert_settles_once(hs, texts_TxBxL, origins=ORIGINS):
@@ -315,11 +233,9 @@ def test_a_text_is_the_same_alone_and_in_a_batch():
 
 
 def test_a_text_is_the_same_alone_and_in_a_batch_when_all_rows_are_fed():
-    chain = chain_of(flat(L, 4), visibility="full")
-    params = random_params(chain.config)
-    _, history = generate(chain, params, cached=False)
-    _, alone = generate(chain, params, cached=False, rows=slice(1, 2))
-    np.testing.assert_array_equal(alone, history[:, 1:2])
+    chain = ALL_ROWS["acs"]
+    _, alone = generate(chain, random_params(chain.config), cached=False, rows=slice(1, 2))
+    np.testing.assert_array_equal(alone, run_of_all_rows("acs")[1:, 1:2])
 
 
 # ---- autoregression as a special case, and greedy twins
@@ -342,13 +258,13 @@ def gpt_greedy(config, params, prompt):
 
     def next_token(token, position):
         x = p["embedding"][token]
-        for i, (keys, values) in enumerate(memory):
+        for i, (past_k, past_v) in enumerate(memory):
             w = jax.tree.map(lambda x, i=i: x[i], p["blocks"])
             q, k, v = (norm(x, w["norm_attention"]["scale"]) @ w["qkv"]["kernel"]).reshape(3, H, D)
-            keys.append(turn(k, position))
-            values.append(v)
-            weight = np.exp(np.einsum("hd,shd->hs", turn(q, position), keys) / np.sqrt(D))
-            mean = np.einsum("hs,shd->hd", weight / weight.sum(1, keepdims=True), values)
+            past_k.append(turn(k, position))
+            past_v.append(v)
+            weight = np.exp(np.einsum("hd,shd->hs", turn(q, position), past_k) / np.sqrt(D))
+            mean = np.einsum("hs,shd->hd", weight / weight.sum(1, keepdims=True), past_v)
             x = x + mean.reshape(-1) @ w["out"]["kernel"]
             h = norm(x, w["norm_mlp"]["scale"]) @ w["mlp_in"]["kernel"] + w["mlp_in"]["bias"]
             h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
@@ -412,18 +328,23 @@ def know_the_truth(monkeypatch, table, visibility):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_from_the_true_posterior_finished_texts_follow_the_data_law(eta, monkeypatch):
+    """Both positions change at once: exact for many steps and a small epsilon."""
+    assert_follows_the_data_law("full", flat(2, 48), 0.01, 0.01, eta, monkeypatch)
+
+
 @pytest.mark.parametrize(
-    ("visibility", "hs", "epsilon", "epsilon_of_other"),
+    ("visibility", "eta"),
     [
-        ("full", flat(2, 48), 0.01, 0.01),  # both change at once: exact for many steps and a small epsilon
-        ("full", slide(2, 1, "1/4"), 0.3, 0.0),  # one after the other: exact
-        ("prefix", slide(2, 1, "1/4"), 0.3, 0.0),
+        ("prefix", 0.5),
+        *(pytest.param(*of, marks=pytest.mark.slow) for of in (("prefix", 0.0), ("full", 0.0), ("full", 0.5))),
     ],
-    ids=["flat", "one after the other", "cached"],
 )
-def test_from_the_true_posterior_finished_texts_follow_the_data_law(
-    visibility, hs, epsilon, epsilon_of_other, eta, monkeypatch
-):
+def test_one_after_the_other_they_follow_it_for_any_epsilon(visibility, eta, monkeypatch):
+    assert_follows_the_data_law(visibility, slide(2, 1, "1/4"), 0.3, 0.0, eta, monkeypatch)
+
+
+def assert_follows_the_data_law(visibility, hs, epsilon, epsilon_of_other, eta, monkeypatch):
     know_the_truth(monkeypatch, true_network(epsilon, epsilon_of_other), visibility)
     process, texts = noising.epsilon_hybrid(3, epsilon), 10_000
     chain = chain_of(hs, process=process, sampler=reverse.acs(process, eta), visibility=visibility, blocks=1)
@@ -431,5 +352,4 @@ def test_from_the_true_posterior_finished_texts_follow_the_data_law(
     inputs = (keys(texts), jnp.full((texts, 2), process.mask), jnp.zeros(texts, jnp.int32))
     done, _ = jax.jit(functools.partial(run, chain))(random_params(chain.config), *inputs)
     counts = np.bincount(np.asarray(done) @ [3, 1], minlength=9)
-    print(chisquare(counts, PAIRS.ravel() * texts))
     assert chisquare(counts, PAIRS.ravel() * texts).pvalue > 0.01

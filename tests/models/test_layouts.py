@@ -13,7 +13,7 @@ from hdlm_jax.models.attention import dense
 from hdlm_jax.models.transformer import TransformerConfig, forward, init, logits
 
 L, N, BOS, WIDTH = 14, 5, 3, 4  # three chunks of the widest window are shorter than the text: the band is used
-WINDOWS, PHASES, STEPS = 12, 4, 30  # trailing rows, phases and steps of every batch: one compilation serves all
+WINDOWS, PHASES, STEPS = L, 4, 30  # trailing rows, phases and steps of every batch: one compilation serves all
 ORIGINS = (0, 5)
 LINEAR = noise_schedules.linear()
 TILEABLE = [
@@ -70,7 +70,7 @@ def params():
 
 def run(config, params, rows, attention=None):
     """Hidden rows [B, R, D] and the scores [B, L, V] of the predicting ones."""
-    sigma = LINEAR.sigma(rows.alpha)
+    params, sigma = jax.tree.map(jnp.asarray, params), LINEAR.sigma(rows.alpha)
     attention = rows.attention if attention is None else attention
     hidden, _ = forward(config, params, rows.tokens, rows.positions, attention, sigma_BxR=sigma)
     first, end = rows.predicting
@@ -163,7 +163,7 @@ def changed_rows(outputs_of, tokens):
     base = np.asarray(outputs_of(tokens))
     moves = []
     for j in range(tokens.shape[1]):
-        other = np.asarray(outputs_of(tokens.at[:, j].set((tokens[:, j] + 1) % N)))
+        other = np.asarray(outputs_of(np.where(np.arange(tokens.shape[1]) == j, (tokens + 1) % N, tokens)))
         moves.append((other != base).any(-1))
     return np.stack(moves, -1)
 
@@ -212,15 +212,13 @@ def test_a_full_model_sees_everything_and_feeds_its_last_token(params):
     assert (whole.alpha == 1).all()
 
 
-@pytest.mark.parametrize(("width", "rate"), [(4, 2), (3, 1), (1, 1)])
-def test_block_visibility_is_block_diffusions(width, rate):
-    """BD3-LM's mask on [noised; clean] copies, blocks b(i): noised rows see their block and earlier clean blocks.
+@pytest.mark.parametrize("width", [4, 3, 1])
+def test_block_visibility_is_block_diffusions(width):
+    """BD3-LM's mask on [clean; noised] copies, blocks b(i): noised rows see their block and earlier clean blocks.
 
     Clean rows are causal here, block-causal there; with blocks of one token that is the same.
     """
-    hs = hyperschedules.block(L, width, rate)
-    phase = phases.tiled(jax.random.key(1), jnp.zeros(1, jnp.int32), hs, LINEAR, 1.0)
-    ours = np.asarray(layouts.tiled_visible(phase.start))[0]
+    ours = np.asarray(layouts.tiled_visible(jnp.arange(L)[None] // width * width))[0]
     block, clean = np.tile(np.arange(L) // width, 2), np.repeat([True, False], L)
     (bq, cq), (bk, ck) = (block[:, None], clean[:, None]), (block[None], clean[None])
     diagonal = (bq == bk) & (cq == ck)
@@ -258,17 +256,16 @@ def test_windows_of_one_row_are_a_causal_language_model(monkeypatch, params):
 @pytest.mark.parametrize(
     "hs",
     [
-        *TILEABLE,
+        hyperschedules.quenched(L),
+        hyperschedules.block(L, 3, 1),
         hyperschedules.slide(L, 3, "1/2"),
         hyperschedules.block_slide(L, 4, 3, "1/2"),
-        hyperschedules.from_function(lambda step, i: ((i + 9) // 10 + 2 - step).clip(0, 2), L, 4),
-        hyperschedules.from_function(lambda step, i: (i + 2 - step).clip(0, 2), L, 15),
+        hyperschedules.from_function(lambda step, i: (2 * np.maximum(i - 7, 0) + 2 - step).clip(0, 2), L, 14),
     ],
     ids=lambda hs: f"{hs.kind}-{hs.width}-{hs.rate}".replace("/", ":"),
 )
 def test_there_are_never_more_windows_than_trailing_rows(hs):
-    most, origin_B = 0, jnp.arange(L)
-    for seed in range(3):
-        phase = phases.tiled(jax.random.key(seed), origin_B, hs, LINEAR, 1.0)
-        most = max(most, *(len(np.unique(start_L)) for start_L in np.asarray(phase.start)))
+    draw = jax.jit(lambda rng: phases.tiled(rng, jnp.arange(L), hs, LINEAR, 1.0).start)
+    starts = np.concatenate([draw(jax.random.key(seed)) for seed in range(5)])
+    most = max(len(np.unique(start_L)) for start_L in starts)
     assert most <= layouts.most_windows(hs) <= L

@@ -1,0 +1,74 @@
+"""`hdlm bench` on sizes that take no time: the table, the JSON, finite numbers."""
+
+import json
+import math
+
+import jax
+import pytest
+
+from hdlm_jax.__main__ import main
+
+TINY = ["--config.model.hidden=16", "--config.model.blocks=1", "--config.model.heads=2"]
+TINY += ["--vocabulary", "16", "--repeats", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation():
+    """Compiling takes all the time here, and nobody asks for the speed."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def measured(tmp_path, capfd):
+    """Runs the verb; its rows, after a look at the table and at the environment beside them."""
+
+    def run(*more):
+        path = tmp_path / "bench.json"
+        assert main(["bench", *map(str, more), *TINY, "--out", str(path)]) == 0
+        found = json.loads(path.read_text())
+        head, columns, *lines = capfd.readouterr().out.splitlines()
+        assert head.startswith("8 x cpu, jax ") and head.endswith("; medians of 1")
+        assert all(name in columns for name in found["rows"][0])
+        assert len(lines) == len(found["rows"])
+        assert found["environment"]["devices"]["count"] == 8
+        for row in found["rows"]:
+            numbers = [value for value in row.values() if isinstance(value, int | float)]
+            assert all(math.isfinite(x) and x > 0 for x in numbers), row
+        return found["rows"]
+
+    return run
+
+
+def test_train(measured):
+    """A step's products are three times the forward pass's; what a backward pass recomputes is no work done."""
+    (row,) = measured("train", "--config.data.length=16", "--config.model.remat=full")
+    D, F, V, R = 16, 64, 128, 16
+    assert row["FLOP/step"] == 3 * 2 * 8 * R * (4 * D * D + 2 * D * F + 2 * R * D + D * V)
+    assert row["tokens/s"] == pytest.approx(8 * R / row["seconds/step"])
+    assert row["FLOP/s"] == pytest.approx(row["FLOP/step"] / row["seconds/step"])
+    assert row["of products"] == pytest.approx(row["FLOP/s"] / row["products FLOP/s"])
+    assert (row["layout"], row["hyperschedule"], row["mfu"]) == ("continuous", "flat", "peak not known")
+
+
+def test_sample(measured):
+    (row,) = measured("sample", "--kind", "slide", "--width", 4, "--rate", 2, "--length", 16, "--batch", 2)
+    assert (row["hyperschedule"], row["L"], row["batch"], row["width"], row["rate"]) == ("slide", 16, 2, 4, "2")
+    assert row["calls"] == 9  # floor(15 / 2) + 4 / 2
+    assert row["tokens/s"] == pytest.approx(2 * 16 / (row["calls"] * row["ms/call"] / 1e3))
+    assert row["cache bytes"] == 2 * 2 * 16 * 16 * 4  # k and v, batch, slots, hidden, float32
+
+
+@pytest.mark.slow
+def test_sample_over_a_grid(measured):
+    rows = measured("sample", "--kind", "block", "--width", 2, 4, "--rate", 1, "--length", 8, "--batch", 1, 2)
+    assert [(row["batch"], row["width"], row["calls"]) for row in rows] == [(1, 2, 8), (1, 4, 8), (2, 2, 8), (2, 4, 8)]
+
+
+@pytest.mark.slow
+def test_sample_of_a_full_model_and_of_an_autoregressive_one(measured):
+    (flat,) = measured("sample", "--kind", "flat", "--length", 8, "--batch", 2)
+    assert (flat["rows/call"], flat["calls"]) == (8, 128)
+    (quenched,) = measured("sample", "--kind", "quenched", "--length", 8, "--batch", 2)
+    assert (quenched["rows/call"], quenched["calls"]) == (1, 8)
