@@ -87,9 +87,9 @@ def _recomputed(chain, steps, params, rng_B, x_BxL, origin_B) -> Array:
 
 def _cache_attention(model: transformer.TransformerConfig, batch: int, rows: int, slots: int):
     """All blocks' attention of one call over `slots` cache slots."""
-    shape = lambda count: (model.blocks, batch, count, model.heads, model.head_size)
+    shape = lambda count: (model.blocks, batch, model.heads, count, model.head_size)
     values = np.random.default_rng(0).standard_normal(shape(slots), np.float32)
-    q, kv = jnp.asarray(values[:, :, :1]) * jnp.ones(shape(rows)), jnp.asarray(values)
+    q, kv = jnp.asarray(values[:, :, :, :1]) * jnp.ones(shape(rows)), jnp.asarray(values)
     attend = attention.dense(jnp.ones((1, rows, slots), bool))
     run = jax.jit(lambda q, kv: [attend(q[i], kv[i], kv[i], None, None) for i in range(model.blocks)])
     return lambda: run(q, kv)

@@ -8,10 +8,12 @@ of the weighted sum of per-position terms is the negative ELBO of the hypersched
 Letters: B texts, L positions, P period, T generation steps.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
@@ -143,10 +145,23 @@ def tiled(
 
 
 def survival(level: Array, tau_max: int, schedule: NoiseSchedule, alpha_max: float) -> Array:
-    """Alpha of levels 0..tau_max: exactly 1 at level 0, at most the process's `alpha_max` above it."""
-    # a compiled level / tau_max may miss 1 by a rounding error, and pure noise would keep (or owe) some tokens
-    fraction = jnp.where(level >= tau_max, 1.0, jnp.asarray(level, jnp.result_type(float)) / tau_max)
-    return jnp.where(level == 0, 1.0, jnp.minimum(schedule.alpha(fraction), alpha_max))
+    """Alpha of levels 0..tau_max: exactly 1 at level 0, at most the process's `alpha_max` above it.
+
+    >>> from hdlm_jax.diffusion.noise_schedules import linear
+    >>> survival(jnp.arange(5), 4, linear(), alpha_max=1.0).tolist()
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    return jnp.asarray(_alphas(tau_max, schedule, alpha_max), jnp.result_type(float))[level]
+
+
+@cache
+def _alphas(tau_max: int, schedule: NoiseSchedule, alpha_max: float) -> np.ndarray:
+    """float64 [tau_max + 1]. A table, since a compiled 1 - level / tau_max may miss 0, even fall below it."""
+    with jax.enable_x64(), jax.ensure_compile_time_eval():
+        alpha = np.array(schedule.alpha(np.arange(tau_max + 1) / tau_max))
+    alpha = np.minimum(alpha, alpha_max)
+    alpha[0] = 1.0
+    return alpha
 
 
 def _runs(key_KxBxL: Array) -> tuple[Array, Array]:

@@ -139,13 +139,14 @@ def _plan(chain: Chain, length: int, longest_prompt: int) -> list[Segment]:
     hs, stride = chain.hs, chain.hs.tau_max if _settles_at_once(chain.hs) else 1
     segments, first = [], 0
     while first < hs.num_steps:
-        slots = (longest_prompt + hs.window(first)[0]) // SEGMENT * SEGMENT + SEGMENT
+        slots = min((longest_prompt + hs.window(first)[0]) // SEGMENT * SEGMENT + SEGMENT, length)
         low, high = first + stride, hs.num_steps
-        while low < high:  # the first step whose window starts past the slots
+        while low < high:  # the first step whose window starts past the slots, unless they hold whole texts
             middle = (low + high) // 2
-            low, high = (low, middle) if longest_prompt + hs.window(middle)[0] > slots else (middle + 1, high)
+            past = slots < length and longest_prompt + hs.window(middle)[0] > slots
+            low, high = (low, middle) if past else (middle + 1, high)
         end = min(hs.num_steps, first + max(1, (low - first) // stride) * stride)
-        segments.append(Segment(first, end, min(slots, length)))
+        segments.append(Segment(first, end, slots))
         first = end
     return segments
 
@@ -240,7 +241,7 @@ def window_logits(
     sees_RxR = jnp.where(window_R[:, None], True, visibility.settled_sees(offset_R[:, None], offset_R[None, :]))
     own_RxR = offset_R[:, None] == offset_R[None, :]
     visible = (live_BxR[:, :, None] & live_BxR[:, None, :] & sees_RxR[None]) | own_RxR[None]
-    slot_S = jnp.arange(cache[0].k.shape[1])
+    slot_S = jnp.arange(cache[0].k.shape[2])
     filled_B = origin_B + start - settling
     past = visibility.active_sees_settled(filled_B[:, None, None], slot_S[None, None, :])
     hidden, new = forward(
@@ -255,7 +256,7 @@ def window_logits(
     )
     entering = 1 if lone_row(chain) else settling
     if entering:
-        cache = kv_cache.write(cache, jax.tree.map(lambda x: x[:, :entering], new), row_BxR[:, :entering])
+        cache = kv_cache.write(cache, jax.tree.map(lambda x: x[:, :, :entering], new), row_BxR[:, :entering])
     return logits(config, params, hidden[:, settling : settling + W]), cache
 
 
@@ -268,7 +269,7 @@ def _prefill(chain, params, cache, x_BxL, longest_prompt):
     causal = visibility.settled_sees(row_P[:, None], row_P[None, :])[None]
     clean = chain.sigma(jnp.ones(tokens.shape, params["embedding"].dtype))
     _, rows = forward(config, params, tokens, positions, dense(causal), sigma_BxR=clean, return_kv=True)
-    cache = kv_cache.grow(cache, max(cache[0].k.shape[1], longest_prompt))
+    cache = kv_cache.grow(cache, max(cache[0].k.shape[2], longest_prompt))
     return kv_cache.write(cache, rows, jnp.broadcast_to(row_P[None], tokens.shape))
 
 

@@ -3,9 +3,10 @@
 Letters: B batch, Q query rows, K key rows, H heads, D head size (here), R rows fed to the network.
 
 An `Attention` is a function `(q, k, v, past, dropout) -> out` on the rows of one call, all of shape
-[B, R, H, D]; `past` holds keys and values of earlier calls (or None). Who may attend to whom is
-closed over: the layouts of a call (one text, a window over a cache, a clean and a noised copy) are
-factories here, and the transformer never sees a mask.
+[B, H, R, D] (heads before rows: each product is then a batch of plain matrix products); `past` holds
+keys and values of earlier calls (or None). Who may attend to whom is closed over: the layouts of a
+call (one text, a window over a cache, a clean and a noised copy) are factories here, and the
+transformer never sees a mask.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ MASKED = -1e30  # finite, so that a row with nothing to see stays free of NaN; e
 
 
 class KV(NamedTuple):
-    """Keys (rotated) and values, each [..., B, S, H, D]."""
+    """Keys (rotated) and values, each [..., B, H, S, D]."""
 
     k: Array
     v: Array
@@ -30,29 +31,32 @@ Contraction = Callable[[Array], Array]  # weights of one group -> weighted sums 
 Attention = Callable[[Array, Array, Array, KV | None, Dropout | None], Array]
 
 
-def scores(q_BxQxHxD: Array, k_BxKxHxD: Array, visible: Array | None) -> Array:
+def scores(q_BxHxQxD: Array, k_BxHxKxD: Array, visible: Array | None) -> Array:
     """Scaled scores float32 [B, H, Q, K], `MASKED` where `visible` (bool, [B|1, Q, K]) is False."""
-    scale = q_BxQxHxD.shape[-1] ** -0.5
-    s_BxHxQxK = jnp.einsum(
-        "bqhd,bkhd->bhqk", q_BxQxHxD * scale, k_BxKxHxD, preferred_element_type=_accumulator(q_BxQxHxD)
-    )
+    wide = _accumulator(q_BxHxQxD)
+    q = q_BxHxQxD * q_BxHxQxD.shape[-1] ** -0.5
+    s_BxHxQxK = jnp.einsum("bhqd,bhkd->bhqk", q, k_BxHxKxD, preferred_element_type=wide)
     if visible is None:
         return s_BxHxQxK
     return jnp.where(visible[:, None], s_BxHxQxK, jnp.asarray(MASKED, s_BxHxQxK.dtype))
 
 
-def over(v_BxKxHxD: Array) -> Contraction:
+def over(v_BxHxKxD: Array) -> Contraction:
     """Weights [B, H, Q, K] -> weighted sums of the values, [B, H, Q, D]."""
 
     def contract(weight_BxHxQxK):
-        weight = weight_BxHxQxK.astype(v_BxKxHxD.dtype)
-        return jnp.einsum("bhqk,bkhd->bhqd", weight, v_BxKxHxD, preferred_element_type=_accumulator(v_BxKxHxD))
+        weight = weight_BxHxQxK.astype(v_BxHxKxD.dtype)
+        return jnp.einsum("bhqk,bhkd->bhqd", weight, v_BxHxKxD, preferred_element_type=_accumulator(v_BxHxKxD))
 
     return contract
 
 
-def join(scores_BxHxQxK: Sequence[Array], contractions: Sequence[Contraction], dropout: Dropout | None = None) -> Array:
-    """One softmax over several groups of keys, without concatenating them: out float32 [B, Q, H, D].
+def join(
+    scores_BxHxQxK: Sequence[Array],
+    contractions: Sequence[Contraction],
+    dropout: Dropout | None = None,
+) -> Array:
+    """One softmax over several groups of keys, without concatenating them: out float32 [B, H, Q, D].
 
     Args:
       scores_BxHxQxK: per group, scores with its own K.
@@ -68,48 +72,48 @@ def join(scores_BxHxQxK: Sequence[Array], contractions: Sequence[Contraction], d
         weight = jnp.exp(s - top)
         total = total + weight.sum(-1, keepdims=True)
         out = out + contract(weight if dropout is None else dropout(weight, group))
-    return jnp.swapaxes(out / total, 1, 2)
+    return out / total
 
 
-def band(x_BxLxHxD: Array, chunk: int) -> Array:
-    """Cuts rows into chunks, each with its two neighbours: [B, M, 3 chunk, ...] (zeros past the ends)."""
-    middle = chunks(x_BxLxHxD, chunk)
-    edge = ((0, 0), (1, 1)) + ((0, 0),) * (middle.ndim - 2)
-    padded = jnp.pad(middle, edge)
-    return jnp.concatenate([padded[:, :-2], middle, padded[:, 2:]], axis=2)
-
-
-def chunks(x_BxLxHxD: Array, chunk: int) -> Array:
-    """[B, L, ...] -> [B, M, chunk, ...], the last chunk filled with zeros."""
-    B, L, *rest = x_BxLxHxD.shape
+def chunks(x_BxHxLxD: Array, chunk: int) -> Array:
+    """[B, H, L, D] -> [B, H, M, chunk, D], the last chunk filled with zeros."""
+    B, H, L, D = x_BxHxLxD.shape
     count = -(-L // chunk)
-    filled = jnp.pad(x_BxLxHxD, ((0, 0), (0, count * chunk - L)) + ((0, 0),) * len(rest))
-    return filled.reshape(B, count, chunk, *rest)
+    filled = jnp.pad(x_BxHxLxD, ((0, 0), (0, 0), (0, count * chunk - L), (0, 0)))
+    return filled.reshape(B, H, count, chunk, D)
 
 
-def band_scores(q_BxLxHxD: Array, k_BxLxHxD: Array, group_BxL: Array, chunk: int) -> Array:
+def band(x_BxHxLxD: Array, chunk: int) -> Array:
+    """Cuts rows into chunks, each with its two neighbours: [B, H, M, 3 chunk, D] (zeros past the ends)."""
+    middle = chunks(x_BxHxLxD, chunk)
+    padded = jnp.pad(middle, ((0, 0), (0, 0), (1, 1), (0, 0), (0, 0)))
+    return jnp.concatenate([padded[:, :, :-2], middle, padded[:, :, 2:]], axis=3)
+
+
+def band_scores(q_BxHxLxD: Array, k_BxHxLxD: Array, group_BxL: Array, chunk: int) -> Array:
     """Scores [B, H, L, 3 chunk] of rows against the rows of their own group (int >= 0) near by.
 
     Exact when no group reaches past the neighbouring chunk: groups are runs of at most `chunk` rows.
     """
-    B, L, H, D = q_BxLxHxD.shape
-    q, k = chunks(q_BxLxHxD * D**-0.5, chunk), band(k_BxLxHxD, chunk)
-    mine, theirs = chunks(group_BxL + 1, chunk), band(group_BxL + 1, chunk)
-    s = jnp.einsum("bmqhd,bmkhd->bhmqk", q, k, preferred_element_type=_accumulator(q))
-    s = jnp.where((mine[:, :, :, None] == theirs[:, :, None, :])[:, None], s, jnp.asarray(MASKED, s.dtype))
+    B, H, L, D = q_BxHxLxD.shape
+    q, k = chunks(q_BxHxLxD * D**-0.5, chunk), band(k_BxHxLxD, chunk)
+    group = (group_BxL + 1)[:, None, :, None]
+    mine, theirs = chunks(group, chunk), band(group, chunk)
+    s = jnp.einsum("bhmqd,bhmkd->bhmqk", q, k, preferred_element_type=_accumulator(q))
+    s = jnp.where(mine == jnp.swapaxes(theirs, -1, -2), s, jnp.asarray(MASKED, s.dtype))
     return s.reshape(B, H, -1, 3 * chunk)[:, :, :L]
 
 
-def over_band(v_BxLxHxD: Array, chunk: int) -> Contraction:
+def over_band(v_BxHxLxD: Array, chunk: int) -> Contraction:
     """The contraction that goes with `band_scores`."""
-    v = band(v_BxLxHxD, chunk)
+    v = band(v_BxHxLxD, chunk)
 
     def contract(weight_BxHxLxK):
         B, H, L, K = weight_BxHxLxK.shape
-        rows = v.shape[1] * chunk
+        rows = v.shape[2] * chunk
         weight = jnp.pad(weight_BxHxLxK, ((0, 0), (0, 0), (0, rows - L), (0, 0))).astype(v.dtype)
-        weight = weight.reshape(B, H, v.shape[1], chunk, K)
-        out = jnp.einsum("bhmqk,bmkhd->bhmqd", weight, v, preferred_element_type=_accumulator(v))
+        weight = weight.reshape(B, H, v.shape[2], chunk, K)
+        out = jnp.einsum("bhmqk,bhmkd->bhmqd", weight, v, preferred_element_type=_accumulator(v))
         return out.reshape(B, H, rows, -1)[:, :, :L]
 
     return contract

@@ -179,7 +179,7 @@ def _tiled_attention(start_BxL: Array, trailing_start_BxW: Array | None, width: 
     def attend(q, k, v, past, dropout):
         del past
         (qc, kc, vc), (qn, kn, vn), (qw, kw, vw) = (
-            tuple(x[:, a:b] for x in (q, k, v)) for a, b in ((0, L), (L, 2 * L), (2 * L, None))
+            tuple(x[:, :, a:b] for x in (q, k, v)) for a, b in ((0, L), (L, 2 * L), (2 * L, None))
         )
         clean = join([scores(qc, kc, causal)], [over(vc)], dropout)
         groups, values = [scores(qn, kc, context)], [over(vc)]
@@ -190,7 +190,7 @@ def _tiled_attention(start_BxL: Array, trailing_start_BxW: Array | None, width: 
             groups.append(scores(qn, kn, visibility.active_sees_active(start_BxL[:, :, None], start_BxL[:, None, :])))
             values.append(over(vn))
         if trailing_start_BxW is None:
-            return jnp.concatenate([clean, join(groups, values, dropout)], 1)
+            return jnp.concatenate([clean, join(groups, values, dropout)], 2)
         sees = visibility.active_sees_active(start_BxL[:, :, None], trailing_start_BxW[:, None, :])
         groups.append(scores(qn, kw, sees))
         values.append(over(vw))
@@ -198,7 +198,7 @@ def _tiled_attention(start_BxL: Array, trailing_start_BxW: Array | None, width: 
         before = visibility.active_sees_settled(trailing_start_BxW[:, :, None], row_L[None, None, :])
         trailing = [scores(qw, kc, before), scores(qw, kn, jnp.swapaxes(sees, 1, 2)), scores(qw, kw, own)]
         return jnp.concatenate(
-            [clean, join(groups, values, dropout), join(trailing, [over(vc), over(vn), over(vw)], dropout)], 1
+            [clean, join(groups, values, dropout), join(trailing, [over(vc), over(vn), over(vw)], dropout)], 2
         )
 
     return attend

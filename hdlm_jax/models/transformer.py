@@ -10,7 +10,6 @@ Only `params` are variables: dropout keys, caches and noise levels are arguments
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -99,16 +98,16 @@ CHOICES = {
 
 
 def rotary_angles(positions_BxR: Array, head_size: int, base: float, dtype: Any) -> tuple[Array, Array]:
-    """cos and sin, each [B, R, 1, D/2], of position / base^(2 j / D)."""
+    """cos and sin, each [B, 1, R, D/2], of position / base^(2 j / D)."""
     frequencies = base ** (-jnp.arange(0, head_size, 2, dtype=dtype) / head_size)
-    angles = positions_BxR[..., None, None].astype(dtype) * frequencies[None, None, None, :]
+    angles = positions_BxR[:, None, :, None].astype(dtype) * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BxRxHxD: Array, cos: Array, sin: Array) -> Array:
+def rotate(x_BxHxRxD: Array, cos: Array, sin: Array) -> Array:
     """Rotary positions in halves: (a, b) -> (a cos - b sin, b cos + a sin)."""
-    a, b = jnp.split(x_BxRxHxD, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxRxHxD.dtype)
+    a, b = jnp.split(x_BxHxRxD, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxHxRxD.dtype)
 
 
 def sigma_features(sigma_BxR: Array) -> Array:
@@ -150,21 +149,25 @@ class Block(nn.Module):
         c, (past, rng) = self.config, per_block
         B, R, D = x_BxRxD.shape
         rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-        dense = functools.partial(nn.Dense, dtype=x_BxRxD.dtype, kernel_init=nn.initializers.lecun_normal())
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition_BxRxC)
 
         h = _modulate(Norm(name="norm_attention")(x_BxRxD), shift_a, scale_a)
-        qkv = dense(3 * D, use_bias=False, name="qkv")(h).reshape(B, R, 3, c.heads, c.head_size)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        qkv = self.dense("qkv", h, 3 * D, use_bias=False).reshape(B, R, 3, c.heads, c.head_size)
+        q, k, v = (jnp.swapaxes(qkv[:, :, i], 1, 2) for i in range(3))
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         out = self.attention(q, k, v, past, self.probability_dropout(rngs[0]))
-        out = out.reshape(B, R, D).astype(x_BxRxD.dtype)
-        x_BxRxD = x_BxRxD + self.residual(rngs[1], dense(D, use_bias=False, name="out")(out), gate_a)
+        out = jnp.swapaxes(out, 1, 2).reshape(B, R, D).astype(x_BxRxD.dtype)
+        x_BxRxD = x_BxRxD + self.residual(rngs[1], self.dense("out", out, D, use_bias=False), gate_a)
 
         h = _modulate(Norm(name="norm_mlp")(x_BxRxD), shift_m, scale_m)
-        h = nn.gelu(dense(c.mlp_ratio * D, name="mlp_in")(h), approximate=True)
-        x_BxRxD = x_BxRxD + self.residual(rngs[2], dense(D, name="mlp_out")(h), gate_m)
+        h = nn.gelu(self.dense("mlp_in", h, c.mlp_ratio * D), approximate=True)
+        x_BxRxD = x_BxRxD + self.residual(rngs[2], self.dense("mlp_out", h, D), gate_m)
         return x_BxRxD, (KV(k, v) if self.return_kv else None)
+
+    def dense(self, name: str, x_BxRxD: Array, features: int, use_bias: bool = True) -> Array:
+        """A Dense layer on rows laid flat: its gradient is then one plain product, with nothing transposed."""
+        layer = nn.Dense(features, use_bias, dtype=x_BxRxD.dtype, kernel_init=nn.initializers.lecun_normal(), name=name)
+        return layer(x_BxRxD.reshape(-1, x_BxRxD.shape[-1])).reshape(*x_BxRxD.shape[:-1], features)
 
     def modulation(self, condition_BxRxC):
         """Shift, scale and gate for attention, then for the MLP (all None without conditioning)."""
@@ -279,7 +282,7 @@ def forward(
       positions_BxR: int32, rotary positions (a shifted model's BOS stands at -1).
       attention: who sees whom (models/attention.py).
       sigma_BxR: float, noise level of the token each row holds; needed iff the network is conditioned.
-      past: keys and values of earlier calls, [blocks, B, S, H, D] each (a tuple of [B, S, H, D] per
+      past: keys and values of earlier calls, [blocks, B, H, S, D] each (a tuple of [B, H, S, D] per
         block for `unstacked` parameters).
       dropout_rng: PRNG key; None switches dropout off.
       return_kv: also return the keys and values of these rows, laid out like `past`.

@@ -180,11 +180,16 @@ def test_survival_is_exact_at_the_ends_and_follows_the_dtype():
 
 
 def test_pure_noise_keeps_nothing_in_a_compiled_program_either():
-    """XLA multiplies by 1 / tau_max and fuses the rest: 1 - 3 (1/3) would come out below 0."""
-    levels_of = lambda tau_max: phases.survival(jnp.arange(tau_max + 1), tau_max, LINEAR, 1.0)
-    alphas = jax.jit(lambda: [levels_of(tau_max) for tau_max in (1, 3, 7, 11, 41, 47)])()
-    for alpha in alphas:
-        assert alpha[0] == 1 and alpha[-1] == 0 and (np.diff(alpha) < 0).all()
+    """XLA would multiply by 1 / tau_max and fuse: 1 - 3 (1/3) is below 0 without a rounding in between."""
+
+    def fused(tau_max):
+        level = jnp.arange(tau_max + 1)
+        alpha = phases.survival(level, tau_max, LINEAR, 1.0)
+        return alpha, jnp.where(level == 0, 1.0, 0.7 * alpha)
+
+    for alphas in jax.jit(lambda: [fused(tau_max) for tau_max in (1, 3, 7, 11, 41, 47)])():
+        for alpha in alphas:
+            assert alpha[0] == 1 and alpha[-1] == 0 and (np.diff(alpha) < 0).all()
 
 
 def test_weights_are_finite_where_a_schedule_rounds_to_one():

@@ -16,7 +16,7 @@ B, S, H, D = 2, 6, 3, 4
 def filled(rows, dtype=np.float32, seed=0):
     """A cache of random keys and values with that many rows."""
     rng = np.random.default_rng(seed)
-    draw = lambda: jnp.asarray(rng.normal(size=(B, rows, H, D)), dtype)
+    draw = lambda: jnp.asarray(rng.normal(size=(B, H, rows, D)), dtype)
     return tuple(KV(draw(), draw()) for _ in range(CONFIG.blocks))
 
 
@@ -24,7 +24,7 @@ def test_an_empty_cache_holds_zeros_for_every_block():
     empty = cache.empty(CONFIG, B, S, jnp.bfloat16)
     assert len(empty) == CONFIG.blocks
     for x in jax.tree.leaves(empty):
-        assert (x.shape, x.dtype) == ((B, S, H, D), jnp.bfloat16)
+        assert (x.shape, x.dtype) == ((B, H, S, D), jnp.bfloat16)
         assert not x.any()
 
 
@@ -37,7 +37,7 @@ def test_rows_land_in_their_slots_and_those_outside_are_dropped(under_jit):
     written = write(old, new, slot_BxR)
     for before, rows, after in zip(*map(jax.tree.leaves, (old, new, written)), strict=True):
         expected = np.array(before)
-        expected[0, [0, 3]], expected[1, [4, 5]] = rows[0, [1, 2]], rows[1, [0, 1]]
+        expected[0, :, [0, 3]], expected[1, :, [4, 5]] = rows[0, :, [1, 2]], rows[1, :, [0, 1]]
         np.testing.assert_array_equal(after, expected)
 
 
@@ -46,16 +46,16 @@ def test_rows_are_stored_in_the_dtype_of_the_cache():
     written = cache.write(old, new, jnp.zeros((B, 1), jnp.int32))
     for rows, after in zip(*map(jax.tree.leaves, (new, written)), strict=True):
         assert after.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(after[:, :1], rows.astype(jnp.bfloat16))
+        np.testing.assert_array_equal(after[:, :, :1], rows.astype(jnp.bfloat16))
 
 
 def test_growing_keeps_the_contents():
     old = filled(S)
     grown = cache.grow(old, S + 3)
     for before, after in zip(*map(jax.tree.leaves, (old, grown)), strict=True):
-        np.testing.assert_array_equal(after[:, :S], before)
-        assert after.shape == (B, S + 3, H, D)
-        assert not after[:, S:].any()
+        np.testing.assert_array_equal(after[:, :, :S], before)
+        assert after.shape == (B, H, S + 3, D)
+        assert not after[:, :, S:].any()
     for before, after in zip(*map(jax.tree.leaves, (old, cache.grow(old, S))), strict=True):
         np.testing.assert_array_equal(after, before)
 
