@@ -1,6 +1,6 @@
 """GPT: quenched hyperschedule, absorb noising, shifted prediction. Its bound is the chain-rule NLL itself.
 
-    hdlm train --config experiments/systems/ar.py --workdir runs/ar  # small, minutes on 2 CPU cores
+    hdlm train --config experiments/systems/ar.py --workdir runs/ar  # minutes on 2 cores
     hdlm train --config experiments/systems/ar.py:base --workdir runs/ar  # the published size
 
 Expected at the published size: OpenWebText, L 1024: perplexity 17.54 (published; AR of the BD3-LM paper).

@@ -1,6 +1,6 @@
 """AR-Diffusion: a rounded line from noise to text, left positions ahead; absorb noising here.
 
-    hdlm train --config experiments/systems/ar_diffusion.py --workdir runs/ar_diffusion  # small, minutes on 2 CPU cores
+    hdlm train --config experiments/systems/ar_diffusion.py --workdir runs/ar_diffusion  # minutes on 2 cores
     hdlm train --config experiments/systems/ar_diffusion.py:base --workdir runs/ar_diffusion  # the published size
 
 Its window is nearly the whole text, so it trains in the plain layout.

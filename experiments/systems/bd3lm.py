@@ -1,6 +1,6 @@
 """BD3-LM, block diffusion: blocks of `hyperschedule.width` tokens, tiled training, KV cache.
 
-    hdlm train --config experiments/systems/bd3lm.py --workdir runs/bd3lm  # small, minutes on 2 CPU cores
+    hdlm train --config experiments/systems/bd3lm.py --workdir runs/bd3lm  # minutes on 2 cores
     hdlm train --config experiments/systems/bd3lm.py:base --workdir runs/bd3lm  # the published size
 
 Other widths: --config.hyperschedule.width=16 --config.hyperschedule.rate=1 --config.loss.noise_range=0.3,0.8

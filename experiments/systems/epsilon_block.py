@@ -1,6 +1,6 @@
 """The paper's epsilon-hybrid in blocks: corrections inside the block, KV cache behind it.
 
-    hdlm train --config experiments/systems/epsilon_block.py --workdir runs/epsilon_block  # small, minutes on 2 CPU cores
+    hdlm train --config experiments/systems/epsilon_block.py --workdir runs/epsilon_block  # minutes on 2 cores
     hdlm train --config experiments/systems/epsilon_block.py:base --workdir runs/epsilon_block  # the published size
 
 Expected at the published size: none published by us; the paper uses blocks of L/4.

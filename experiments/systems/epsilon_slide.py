@@ -1,6 +1,6 @@
 """The paper's epsilon-hybrid under a sliding window: corrections inside the window, KV cache behind it.
 
-    hdlm train --config experiments/systems/epsilon_slide.py --workdir runs/epsilon_slide  # small, minutes on 2 CPU cores
+    hdlm train --config experiments/systems/epsilon_slide.py --workdir runs/epsilon_slide  # minutes on 2 cores
     hdlm train --config experiments/systems/epsilon_slide.py:base --workdir runs/epsilon_slide  # the published size
 
 Expected at the published size: none published by us; the paper slides windows of L/4.

@@ -1,6 +1,6 @@
 """MDLM / MD4: flat hyperschedule, absorb noising, continuous-time bound.
 
-    hdlm train --config experiments/systems/mdlm.py --workdir runs/mdlm  # small, minutes on 2 CPU cores
+    hdlm train --config experiments/systems/mdlm.py --workdir runs/mdlm  # minutes on 2 cores
     hdlm train --config experiments/systems/mdlm.py:base --workdir runs/mdlm  # the published size
 
 Expected at the published size: OpenWebText, L 1024: perplexity <= 22.98 (published; as re-run in the BD3-LM paper).

@@ -187,9 +187,7 @@ def test_other_settings_are_refused_with_a_diff(config, opened, tmp_path):
     assert "data.path" not in str(error.value)
     with pytest.raises(UserError, match="data.length"):
         prepare.open_or_prepare(replace(other, prepared=str(tmp_path / "out")), tmp_path / "run")
-    assert (
-        prepare.differences(opened.manifest, replace(config, vocab_size=5, tfds_name="x", prepared="y")) == []
-    )
+    assert prepare.differences(opened.manifest, replace(config, vocab_size=5, tfds_name="x", prepared="y")) == []
 
 
 def test_folders_that_cannot_be_opened(config, tmp_path):

@@ -68,9 +68,7 @@ def test_its_own_validation_split_is_held_out(data_dir):
 
 def test_a_separate_held_out_file_goes_first(data_dir, tmp_path):
     (tmp_path / "v.txt").write_text("Held out.")
-    corpus = corpora.load(
-        "tfds", tfds_name="with_validation", tfds_dir=data_dir, held_out_path=str(tmp_path / "v.txt")
-    )
+    corpus = corpora.load("tfds", tfds_name="with_validation", tfds_dir=data_dir, held_out_path=str(tmp_path / "v.txt"))
     assert (len(corpus.train), list(corpus.held_out)) == (20, ["Held out."])
 
 

@@ -27,9 +27,7 @@ WORDS = [
     "right",
 ]
 CORPUS = [
-    "\n".join(
-        " ".join(WORDS[(i * j) % len(WORDS)] + str(j) for j in range(12)) + ".  [MASK]" for i in range(20)
-    )
+    "\n".join(" ".join(WORDS[(i * j) % len(WORDS)] + str(j) for j in range(12)) + ".  [MASK]" for i in range(20))
     for _ in range(5)
 ]
 SIZE = 400
@@ -67,9 +65,7 @@ def test_ids_are_laid_out_as_promised(tokenizer):
     assert (tokenizer.mask_id, tokenizer.end_of_text, tokenizer.bos_id) == (n, n - 1, n - 1)
     assert len(tokenizer.pieces) == n
     assert [i for i, piece in enumerate(tokenizer.pieces) if not piece] == [n - 1]
-    assert (
-        len(set(tokenizer.pieces[:-1])) >= n - 1 - 128
-    )  # '\n' and ASCII letters stand twice: as byte and piece
+    assert len(set(tokenizer.pieces[:-1])) >= n - 1 - 128  # '\n' and ASCII letters stand twice: as byte and piece
 
 
 @given(text=TEXT)
@@ -135,9 +131,7 @@ def test_a_broken_character_reads_as_a_replacement():
 @given(ids=st.lists(st.integers(0, 257)), cuts=st.lists(st.integers(0, 30), max_size=5))
 def test_a_stream_decodes_like_the_whole(tokenizer, ids, cuts):
     places = [0, *sorted(cuts), len(ids)]
-    chunks = (
-        [ids[a:b] for a, b in zip(places[:-1], places[1:], strict=True)] if places[-2] <= len(ids) else [ids]
-    )
+    chunks = [ids[a:b] for a, b in zip(places[:-1], places[1:], strict=True)] if places[-2] <= len(ids) else [ids]
     assert "".join(tokenizer.decode_stream(chunks, mask="_")) == tokenizer.decode(ids, mask="_")
 
 
