@@ -69,6 +69,7 @@ def smoke_command(small_text: Path) -> Callable[..., list[str]]:
     """(workdir, more arguments) -> the arguments of `hdlm` that train `smoke_run`."""
     experiment = ["--config", f"{ROOT}/experiments/quickstart.py:smoke"]
     experiment += ["--config.data.source=text", f"--config.data.path={small_text}"]
+    experiment += [f"--config.hyperschedule.{field}" for field in ("kind=slide", "width=8", "rate=1")]
     steps = {"steps": 6, "log_every": 1, "evaluate_every": 3, "checkpoint_every": 2}
     experiment += [f"--config.training.{name}={value}" for name, value in steps.items()]
     return lambda workdir, *more: ["train", *experiment, "--workdir", str(workdir), *more]

@@ -85,7 +85,7 @@ def test_plain_phases_are_the_levels_and_windows_moved_right_by_the_origin(hs):
         np.testing.assert_array_equal(phase.last_weight, np.where(settles, hs.num_steps, 0))
 
 
-@pytest.mark.parametrize("hs", [TILEABLE[i] for i in (1, 4, 6)], ids=[NAMES[i] for i in (1, 4, 6)])
+@pytest.mark.parametrize("hs", [TILEABLE[i] for i in (1, 4)], ids=[NAMES[i] for i in (1, 4)])
 def test_every_level_of_every_position_is_drawn_equally_often(hs):
     B, draws, P = 3, 3000, hs.period
     origin_B = jnp.array([0, 4, 9])

@@ -42,7 +42,7 @@ RUNS = {
     "slide": chain_of(slide(L, 6, "3/2")),
 }
 FEW = {
-    "half a token a call": chain_of(slide(L, 3, "1/2"), "shifted"),
+    "half a token a call": chain_of(slide(L, 3, "1/2"), "shifted", conditioning=8),
     "one window": chain_of(slide(L, L, 4), "shifted"),
     "block_slide": chain_of(block_slide(L, 5, 3, "3/2"), conditioning=8),
 }

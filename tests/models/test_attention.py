@@ -15,11 +15,11 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 
 def plain_attention(q, k, v, visible=None):
-    """softmax(q k / sqrt(D)) v in numpy, [B, R, H, D]."""
-    s = np.einsum("bqhd,bkhd->bhqk", *(np.asarray(x, float) for x in (q, k))) / q.shape[-1] ** 0.5
+    """softmax(q k / sqrt(D)) v in numpy, [B, H, R, D]."""
+    s = np.einsum("bhqd,bhkd->bhqk", *(np.asarray(x, float) for x in (q, k))) / q.shape[-1] ** 0.5
     s = s if visible is None else np.where(np.asarray(visible)[:, None], s, -np.inf)
     weight = np.exp(s - s.max(-1, keepdims=True))
-    return np.einsum("bhqk,bkhd->bqhd", weight / weight.sum(-1, keepdims=True), np.asarray(v, float))
+    return np.einsum("bhqk,bhkd->bhqd", weight / weight.sum(-1, keepdims=True), np.asarray(v, float))
 
 
 def runs(length, longest, seed):
@@ -37,21 +37,21 @@ def runs(length, longest, seed):
 
 
 def test_join_over_groups_is_one_softmax_over_all_keys():
-    q, sizes = normal(0, B, 5, H, D) * 3, (1, 4, 2)
-    k, v = normal(1, B, sum(sizes), H, D), normal(2, B, sum(sizes), H, D)
+    q, sizes = normal(0, B, H, 5, D) * 3, (1, 4, 2)
+    k, v = normal(1, B, H, sum(sizes), D), normal(2, B, H, sum(sizes), D)
     visible = jnp.asarray(np.random.default_rng(3).random((B, 5, sum(sizes))) < 0.6).at[:, :, 2].set(True)
     cut = lambda x, axis: jnp.split(x, np.cumsum(sizes)[:-1], axis)
 
     def grouped(q, k, v):
-        groups = zip(cut(k, 1), cut(visible, 2), strict=True)
-        return join([scores(q, *group) for group in groups], [over(x) for x in cut(v, 1)])
+        groups = zip(cut(k, 2), cut(visible, 2), strict=True)
+        return join([scores(q, *group) for group in groups], [over(x) for x in cut(v, 2)])
 
     def whole(q, k, v):
         weight = jax.nn.softmax(scores(q, k, visible), axis=-1)
-        return jnp.einsum("bhqk,bkhd->bqhd", weight, v)
+        return jnp.einsum("bhqk,bhkd->bhqd", weight, v)
 
     np.testing.assert_allclose(jax.jit(grouped)(q, k, v), plain_attention(q, k, v, visible), atol=1e-6)
-    tangents = normal(4, B, 5, H, D)
+    tangents = normal(4, B, H, 5, D)
     both = jax.jit(lambda *x: [jax.vjp(f, *x)[1](tangents) for f in (grouped, whole)])
     ours, theirs = both(q, k, v)
     for a, b in zip(ours, theirs, strict=True):
@@ -61,7 +61,7 @@ def test_join_over_groups_is_one_softmax_over_all_keys():
 @pytest.mark.parametrize(("length", "chunk", "longest"), [(23, 5, 5), (20, 5, 5), (20, 5, 3), (7, 5, 5), (4, 6, 4)])
 def test_the_band_is_dense_attention_inside_groups(length, chunk, longest):
     """Lengths that are a multiple of the chunk and not; texts shorter than one chunk."""
-    q, k, v = (normal(i, B, length, H, D) for i in range(3))
+    q, k, v = (normal(i, B, H, length, D) for i in range(3))
     start = runs(length, longest, length)
     same = start[:, :, None] == start[:, None, :]
     ours = jax.jit(lambda q, k, v: join([band_scores(q, k, start, chunk)], [over_band(v, chunk)]))(q, k, v)
@@ -70,7 +70,7 @@ def test_the_band_is_dense_attention_inside_groups(length, chunk, longest):
 
 def test_a_band_and_its_context_share_one_softmax():
     length, chunk = 13, 4
-    q, k, v, kc, vc = (normal(i, B, length, H, D) for i in range(5))
+    q, k, v, kc, vc = (normal(i, B, H, length, D) for i in range(5))
     start = runs(length, chunk, 1)
     before = jnp.arange(length)[None, None, :] < start[:, :, None]
 
@@ -80,21 +80,21 @@ def test_a_band_and_its_context_share_one_softmax():
 
     ours = attend(q, k, v, kc, vc)
     visible = jnp.concatenate([before, start[:, :, None] == start[:, None, :]], 2)
-    theirs = plain_attention(q, jnp.concatenate([kc, k], 1), jnp.concatenate([vc, v], 1), visible)
+    theirs = plain_attention(q, jnp.concatenate([kc, k], 2), jnp.concatenate([vc, v], 2), visible)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_keys_and_values_out_of_sight_change_nothing_exactly():
-    q, k, v = (normal(i, B, 9, H, D) for i in range(3))
+    q, k, v = (normal(i, B, H, 9, D) for i in range(3))
     visible = jnp.asarray(np.random.default_rng(5).random((1, 9, 9)) < 0.5).at[:, :, 0].set(True).at[:, :, 4].set(False)
     attend = jax.jit(lambda q, k, v: dense(visible)(q, k, v, None, None))
-    one, far = attend(q, k, v), lambda x: np.where(np.arange(9)[:, None, None] == 4, np.float32(1e6), x)
+    one, far = attend(q, k, v), lambda x: np.where(np.arange(9)[:, None] == 4, np.float32(1e6), x)
     np.testing.assert_array_equal(one, attend(q, far(k), far(v)))
-    assert not np.array_equal(one, attend(q, k + (np.arange(9)[:, None, None] == 0), v))
+    assert not np.array_equal(one, attend(q, k + (np.arange(9)[:, None] == 0), v))
 
 
 def test_a_row_with_nothing_to_see_is_finite_and_so_is_its_gradient():
-    q, k, v = (normal(i, B, 3, H, D) for i in range(3))
+    q, k, v = (normal(i, B, H, 3, D) for i in range(3))
     visible = jnp.ones((1, 3, 3), bool).at[:, 1].set(False)
     total = lambda q, k, v: (dense(visible)(q, k, v, None, None) ** 2).sum()
     out, gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
@@ -102,18 +102,18 @@ def test_a_row_with_nothing_to_see_is_finite_and_so_is_its_gradient():
 
 
 def test_a_cache_is_more_keys():
-    q, k, v = (normal(i, B, 4, H, D) for i in range(3))
-    past = KV(normal(3, B, 6, H, D), normal(4, B, 6, H, D))
+    q, k, v = (normal(i, B, H, 4, D) for i in range(3))
+    past = KV(normal(3, B, H, 6, D), normal(4, B, H, 6, D))
     sees_past = jnp.arange(6)[None, None, :] < jnp.array([2, 5])[:, None, None] + jnp.arange(4)[None, :, None] % 2
     sees = jnp.tril(jnp.ones((1, 4, 4), bool))
     visible = jnp.concatenate([sees_past, jnp.broadcast_to(sees, (B, 4, 4))], 2)
-    theirs = plain_attention(q, jnp.concatenate([past.k, k], 1), jnp.concatenate([past.v, v], 1), visible)
+    theirs = plain_attention(q, jnp.concatenate([past.k, k], 2), jnp.concatenate([past.v, v], 2), visible)
     ours = jax.jit(lambda *x: cached(sees_past, sees)(*x, None))(q, k, v, past)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_sixteen_bit_rows_are_summed_in_float32():
-    q, k, v = (normal(i, B, 8, H, D, dtype=jnp.bfloat16) for i in range(3))
+    q, k, v = (normal(i, B, H, 8, D, dtype=jnp.bfloat16) for i in range(3))
     assert jax.eval_shape(scores, q, k, None).dtype == jnp.float32
     out = jax.jit(lambda *x: dense()(*x, None, None))(q, k, v)
     assert out.dtype == jnp.float32
@@ -122,12 +122,12 @@ def test_sixteen_bit_rows_are_summed_in_float32():
 
 def test_dropped_weights_are_those_after_the_softmax():
     """The normaliser is that of all weights; each group is told which one it is."""
-    q, k, v = (normal(i, B, 6, H, D) for i in range(3))
+    q, k, v = (normal(i, B, H, 6, D) for i in range(3))
 
     @jax.jit
     def second_group_only(q, k, v):
-        groups = [scores(q, x, None) for x in jnp.split(k, 2, 1)], [over(x) for x in jnp.split(v, 2, 1)]
+        groups = [scores(q, x, None) for x in jnp.split(k, 2, 2)], [over(x) for x in jnp.split(v, 2, 2)]
         return join(*groups, lambda weight, group: weight * (group == 1))
 
-    first_gone = np.where(np.arange(6)[:, None, None] < 3, 0, v)
+    first_gone = np.where(np.arange(6)[:, None] < 3, 0, v)
     np.testing.assert_allclose(second_group_only(q, k, v), plain_attention(q, k, first_gone), atol=1e-6)

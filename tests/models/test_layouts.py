@@ -82,10 +82,13 @@ def run_tiled(config, trailing, params, x0_BxL, zt_BxL, phase):
     return run(config, params, layouts.tiled(config, x0_BxL, zt_BxL, phase, WIDTH, WINDOWS * trailing))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def run_dense(config, trailing, params, x0_BxL, zt_BxL, phase, visible):
-    rows = layouts.tiled(config, x0_BxL, zt_BxL, phase, WIDTH, WINDOWS * trailing)
-    return run(config, params, rows, dense(visible))
+@partial(jax.jit, static_argnums=0)
+def attend_both_ways(windows, phase, trailing_start_BxW, qkv):
+    """The attention of a tiled layout on random rows: split, and dense under the whole mask."""
+    zt_BxL = jnp.zeros(phase.start.shape, jnp.int32)
+    rows = layouts.tiled(config_of("shifted" if windows else "aligned"), zt_BxL, zt_BxL, phase, WIDTH, windows)
+    whole = dense(layouts.tiled_visible(phase.start, trailing_start_BxW if windows else None))
+    return rows.attention(*qkv, None, None), whole(*qkv, None, None)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -117,18 +120,14 @@ def trailing_starts(phase):
     return jnp.asarray(out)
 
 
-@pytest.mark.parametrize(("prediction", "hs", "trailing"), CASES, ids=NAMES)
-def test_split_attention_is_the_dense_mask(monkeypatch, params, prediction, hs, trailing):
-    phase = all_phases(monkeypatch, hs)
-    x0, zt = noised_texts(phase)
-    config = config_of(prediction)
-    visible = layouts.tiled_visible(phase.start, trailing_starts(phase) if trailing else None)
-    split, theirs = (
-        run_tiled(config, trailing, params, x0, zt, phase),
-        run_dense(config, trailing, params, x0, zt, phase, visible),
-    )
-    for ours, expected in zip(split, theirs, strict=True):
-        np.testing.assert_allclose(ours, expected, atol=1e-12)
+@pytest.mark.parametrize("trailing", [False, True])
+@pytest.mark.parametrize("hs", TILEABLE, ids=lambda hs: f"{hs.kind}-{hs.width}-{hs.rate}".replace("/", ":"))
+def test_split_attention_is_the_dense_mask(monkeypatch, hs, trailing):
+    phase, windows = all_phases(monkeypatch, hs), WINDOWS * trailing
+    rng = np.random.default_rng(0)
+    qkv = [rng.normal(size=(2 * PHASES, 2, 2 * L + windows, 4)) for _ in range(3)]
+    split, whole = attend_both_ways(windows, phase, trailing_starts(phase), qkv)
+    np.testing.assert_allclose(split, whole, atol=1e-13)
 
 
 @pytest.mark.parametrize(("prediction", "hs", "trailing"), CASES, ids=NAMES)
@@ -170,8 +169,11 @@ def changed_rows(outputs_of, tokens):
 
 @pytest.mark.parametrize(
     ("prediction", "hs", "trailing"),
-    [("aligned", TILEABLE[3], False), ("shifted", TILEABLE[1], True), ("shifted", TILEABLE[4], False)],
-    ids=["aligned-slide", "shifted-block-trailing", "shifted-slide"],
+    [
+        pytest.param("aligned", TILEABLE[3], False, id="aligned-slide", marks=pytest.mark.slow),
+        pytest.param("shifted", TILEABLE[1], True, id="shifted-block-trailing"),
+        pytest.param("shifted", TILEABLE[4], False, id="shifted-slide", marks=pytest.mark.slow),
+    ],
 )
 def test_tiled_rows_move_with_what_they_may_see_and_with_nothing_else(monkeypatch, params, prediction, hs, trailing):
     phase = jax.tree.map(lambda x: x[jnp.array([1, 6])], all_phases(monkeypatch, hs))
@@ -182,7 +184,7 @@ def test_tiled_rows_move_with_what_they_may_see_and_with_nothing_else(monkeypatc
     np.testing.assert_array_equal(moved, layouts.tiled_visible(phase.start, starts))
 
 
-@pytest.mark.parametrize("prediction", ["aligned", "shifted"])
+@pytest.mark.parametrize("prediction", [pytest.param("aligned", marks=pytest.mark.slow), "shifted"])
 def test_plain_rows_move_with_what_they_may_see_and_with_nothing_else(params, prediction):
     hs, config = TILEABLE[3], config_of(prediction)
     phase = phases.at_step(jnp.array([0, 3]), jnp.array([2, 0]), L, hs, LINEAR, 1.0)
@@ -198,12 +200,12 @@ def test_plain_rows_move_with_what_they_may_see_and_with_nothing_else(params, pr
 def test_a_full_model_sees_everything_and_feeds_its_last_token(params):
     zt = np.arange(2 * L, dtype=np.int32).reshape(2, L) % N
     phase = phases.continuous(jnp.array([0.3, 0.6]), L, LINEAR, 1.0)
-    for prediction, R in (("aligned", L), ("shifted", L + 1)):
-        config = config_of(prediction, "full")
-        rows = layouts.plain(config, zt, phase, trailing=False)
-        assert rows.tokens.shape == (2, R) and rows.predicting == (0, L)
-        moved = changed_rows(jax.jit(lambda t, c=config, r=rows: run(c, params, r._replace(tokens=t))[0]), rows.tokens)
-        assert moved.all()
+    assert layouts.plain(config_of("aligned", "full"), zt, phase).tokens.shape == (2, L)
+    config = config_of("shifted", "full")
+    rows = layouts.plain(config, zt, phase, trailing=False)
+    assert rows.tokens.shape == (2, L + 1) and rows.predicting == (0, L)
+    moved = changed_rows(jax.jit(lambda tokens: run(config, params, rows._replace(tokens=tokens))[0]), rows.tokens)
+    assert moved.all()
     np.testing.assert_array_equal(rows.tokens, np.pad(zt, ((0, 0), (1, 0)), constant_values=BOS))
     np.testing.assert_array_equal(rows.positions, np.broadcast_to(np.arange(-1, L), (2, L + 1)))
     np.testing.assert_allclose(rows.alpha, np.repeat([[1.0, *[0.7] * L], [1.0, *[0.4] * L]], 1, 0), rtol=1e-12)
@@ -237,9 +239,6 @@ def test_windows_of_one_row_are_a_causal_language_model(monkeypatch, params):
     phase = all_phases(monkeypatch, hs)
     x0, _ = noised_texts(phase)
     masks = np.full_like(x0, N)
-    one_pass = jax.jit(lambda params, x0: run(config, params, layouts.causal(config, x0))[1])
-    causal = one_pass(params, x0)
-    np.testing.assert_allclose(causal, run_tiled(config, False, params, x0, masks, phase)[1], atol=1e-12)
 
     def gpt(params, x0):
         """Nothing of layouts: tokens moved right by one, a lower triangle."""
@@ -250,7 +249,10 @@ def test_windows_of_one_row_are_a_causal_language_model(monkeypatch, params):
         hidden, _ = forward(config, params, tokens, positions, sees, sigma_BxR=sigma)
         return logits(config, params, hidden)[..., :N]
 
-    np.testing.assert_allclose(causal, jax.jit(gpt)(params, x0), atol=1e-12)
+    both = jax.jit(lambda params, x0: (run(config, params, layouts.causal(config, x0))[1], gpt(params, x0)))
+    causal, theirs = both(jax.tree.map(jnp.asarray, params), x0)
+    np.testing.assert_allclose(causal, theirs, atol=1e-12)
+    np.testing.assert_allclose(causal, run_tiled(config, False, params, x0, masks, phase)[1], atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from hdlm_jax import lm
 from hdlm_jax.__main__ import main
 from hdlm_jax.data import prepare
-from hdlm_jax.training import metrics, run_folder, storage, train
+from hdlm_jax.training import metrics, optimizer, run_folder, storage, train
 from hdlm_jax.training.metrics import MetricsLog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,8 +92,13 @@ def test_metrics_are_logged_when_the_config_says(smoke_run):
     for row in rows:
         assert all(np.isfinite(value) for value in row.values())
     first = next(row for row in rows if "train/loss" in row)
-    assert first["train/loss"] == pytest.approx(sum(first[f"train/{term}"] for term in ("mask", "shuffled", "clean")))
-    assert first["train/learning_rate"] == pytest.approx(3e-3 / 100)
+    config = run_folder.read_config(smoke_run)
+    others = {"step", *(f"train/{name}" for name in ("loss", "gradient_norm", "learning_rate", "skipped")), *TIMED}
+    weight = {"train/context": config.loss.context_weight}
+    terms = [weight.get(name, 1.0) * value for name, value in first.items() if name not in others]
+    assert len(terms) > 1 and first["train/loss"] == pytest.approx(sum(terms))
+    rate = optimizer.learning_rate(config.optimizer, STEPS)
+    assert first["train/learning_rate"] == pytest.approx(float(rate(0)))
     assert 0 < rows[-1][train.HELD_OUT] < 20 and rows[-1]["held_out/bits_per_byte_error"] > 0
 
 

@@ -27,7 +27,9 @@ COMMANDS = [
     ("bench generate", "argument WHAT: invalid choice: 'generate' (choose from 'train', 'sample')"),
 ]
 
-# after: train --config experiments/quickstart.py:smoke --workdir {work} --config.data.prepared={run}/data
+SLIDE = "--config.hyperschedule.kind=slide --config.hyperschedule.width=8 --config.hyperschedule.rate=1"
+
+# after: train --config experiments/quickstart.py:smoke --workdir {work} --config.data.prepared={run}/data SLIDE
 TRAIN = [
     ("--bogus=3", "--bogus=3: no such argument; see `hdlm train --help`"),
     ("extra", "extra: no such argument"),
@@ -61,8 +63,14 @@ TRAIN = [
     ("--config.hyperschedule.rate=none", "hyperschedule.rate: got None; allowed: a value, since 'slide' needs one"),
     ("--config.hyperschedule.kind=quenched", "hyperschedule.rate: got '1'"),
     ("--config.noise_schedule.kind=sine", "noise_schedule.kind: got 'sine' (did you mean 'cosine'?); allowed: 'clip"),
-    ("--config.noise_schedule.kind=polynomial", "noise_schedule.w: got None; allowed: a value"),
-    ("--config.noise_schedule.eps=1", "noise_schedule.eps: got 1.0; allowed: a number in [0, 1)"),
+    (
+        "--config.noise_schedule.kind=polynomial --config.noise_schedule.w=none",
+        "noise_schedule.w: got None; allowed: a value, since 'polynomial' needs one",
+    ),
+    (
+        "--config.noise_schedule.kind=linear --config.noise_schedule.w=none --config.noise_schedule.eps=1",
+        "noise_schedule.eps: got 1.0; allowed: a number in [0, 1)",
+    ),
     (
         "--config.noising.kind=epsilon",
         "noising.kind: got 'epsilon' (did you mean 'epsilon_hybrid'?); allowed: 'absorb'",
@@ -231,7 +239,8 @@ def test_a_command_that_is_none(names, capfd, line, says):
 
 @table(TRAIN)
 def test_train(names, capfd, line, says):
-    check(names, capfd, "train --config {quick} --workdir {work} --config.data.prepared={run}/data " + line, says)
+    given = f"train --config {{quick}} --workdir {{work}} --config.data.prepared={{run}}/data {SLIDE} "
+    check(names, capfd, given + line, says)
 
 
 @table(CORPUS)

@@ -22,12 +22,13 @@ def test_a_hyperschedule_of_an_experiment_and_one_by_name(tmp_path, capfd, monke
     monkeypatch.setattr(figures, "hyperschedule", lambda hs: (seen.append(repr(hs)), draw(hs))[1])
     path = tmp_path / "new" / "x.png"
     config = f"{ROOT}/experiments/quickstart.py"
-    assert drawn(path, "hyperschedule", "--config", config, "--config.hyperschedule.width=4").startswith(PNG)
+    more = ["--config.data.length=32", "--config.hyperschedule.width=4"]
+    assert drawn(path, "hyperschedule", "--config", config, *more).startswith(PNG)
     assert capfd.readouterr().out == f"written to {path}\n"
     assert drawn(path, "hyperschedule", "--kind", "slide", "--width", 6, "--rate", "3/2").startswith(PNG)
     assert drawn(path, "hyperschedule", "--kind", "flat", "--length", 8, "--steps", 3).startswith(PNG)
     assert seen == [
-        "slide(length=128, width=4, rate=1)",
+        "slide(length=32, width=4, rate=1)",
         "slide(length=64, width=6, rate=3/2)",
         "flat(length=8, steps=3)",
     ]
