@@ -72,7 +72,7 @@ def build(config: ConfigDict, num_tokens: int, bos_id: int | None) -> Parts:
     steps = loss.name != "acs_nelbo" or layout != "continuous"
     require(steps, "loss.kind", loss.name, "another loss for flat (corrections are a bound over discrete steps only)")
     context = config.loss.context_weight
-    require(context >= 0, "loss.context_weight", context, "a number >= 0")
+    require(0 <= context < math.inf, "loss.context_weight", context, "a number >= 0")
     copies = context == 0 or (layout == "tiled" and model.prediction == "shifted")
     require(copies, "loss.context_weight", context, "0 unless model.prediction is 'shifted' and the layout tiled")
     noise_range = tuple(config.loss.noise_range)

@@ -76,6 +76,7 @@ class TransformerConfig:
 
     @property
     def head_size(self) -> int:
+        """Dh = D / H."""
         return self.hidden // self.heads
 
     @property
@@ -85,6 +86,7 @@ class TransformerConfig:
 
     @property
     def padded_vocabulary(self) -> int:
+        """Rows of the embedding and columns of the head, a multiple of `vocabulary_multiple`."""
         return -(-self.vocabulary // self.vocabulary_multiple) * self.vocabulary_multiple
 
 
@@ -178,11 +180,13 @@ class Block(nn.Module):
         return jnp.split(rows, 6, axis=-1)
 
     def probability_dropout(self, rng):
+        """What drops attention probabilities, with a key of its own per group of keys (None without a key)."""
         if rng is None:
             return None
         return lambda p, group: drop(jax.random.fold_in(rng, group), p, self.config.dropout)
 
     def residual(self, rng, branch, gate):
+        """A branch as it is added to the stream: dropped out, then gated by the noise level."""
         branch = branch if rng is None else drop(rng, branch, self.config.dropout)
         return branch if gate is None else (gate * branch).astype(branch.dtype)
 
