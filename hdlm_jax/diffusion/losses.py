@@ -188,7 +188,7 @@ def build(
       eta: of acs_nelbo, the sampler's.
     """
     processes = choose("loss.kind", kind, LOSSES)
-    require(token_weight >= 0, "loss.token_weight", token_weight, "a number >= 0")
+    require(0 <= token_weight < math.inf, "loss.token_weight", token_weight, "a number >= 0")
     if process.name not in processes:
         fitting = [name for name, allowed in LOSSES.items() if process.name in allowed]
         raise UserError(
