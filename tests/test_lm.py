@@ -93,9 +93,9 @@ def test_seeds_are_reproducible_and_equal_settings_compile_once():
     assert out.hyperschedule == hyperschedules.flat(L, 5)
 
 
-def test_a_prefix_model_takes_prompts_of_mixed_length_and_narrower_windows(compiled_fast):
-    out = PREFIX.generate(["", "abcdefg", "xyz"], width=2, rate="1/2", length=L - 1, record=True)
-    assert out.hyperschedule == hyperschedules.slide(L - 1, 2, "1/2")
+def test_a_prefix_model_takes_prompts_of_mixed_length_and_another_rate(compiled_fast):
+    out = PREFIX.generate(["", "abcdefg", "xyz"], rate=2, length=L - 1, record=True)
+    assert out.hyperschedule == hyperschedules.slide(L - 1, 4, 2)  # the width is the experiment's
     assert out.trajectory.shape == (out.hyperschedule.num_steps, 3, L - 1)
     np.testing.assert_array_equal(out.trajectory[-1], out.tokens)
     assert (out.trajectory[:, 1, :7] == tokens_of("abcdefg")).all()

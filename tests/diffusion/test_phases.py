@@ -115,7 +115,8 @@ def test_phases_spread_evenly_over_a_text_and_over_the_batch():
 
 def test_stratified_draws_are_uniform_and_one_in_each_stratum():
     count, draws = 7, 4000
-    u_RxC = np.asarray(jax.vmap(partial(phases.stratified, count=count))(jax.random.split(jax.random.key(0), draws)))
+    draw = jax.jit(jax.vmap(partial(phases.stratified, count=count)))
+    u_RxC = np.asarray(draw(jax.random.split(jax.random.key(0), draws)))
     assert u_RxC.min() >= 0 and u_RxC.max() < 1
     for u_R in u_RxC.T:
         assert chisquare(np.histogram(u_R, 20, (0, 1))[0]).pvalue > 1e-3 / count

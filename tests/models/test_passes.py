@@ -32,7 +32,7 @@ ENUMERATED = {
     "shifted slow slide, geometric": (EPSILON | SLOW_SLIDE | SHIFTED | GEOMETRIC, "posterior", True),
     "aligned flat in the plain layout": (EPSILON | FLAT | PREFIX, "cavity", False),
 }
-SLOW = ("aligned block, absorb", "shifted slide", "shifted slow slide, geometric")
+SLOW = ("aligned block, absorb", "aligned slide", "shifted slow slide, geometric", "aligned flat in the plain layout")
 
 
 def every_phase(made, length):

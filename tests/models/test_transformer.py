@@ -198,6 +198,7 @@ def test_the_gradient_is_the_slope_of_the_loss(small, scanned):
     assert gradient["embedding"][SMALL.num_tokens].any()
 
 
+@pytest.mark.slow
 def test_remat_stores_less_and_changes_nothing(small, scanned):
     with jax.enable_x64(True):
         params, *inputs = jax.tree.map(wide, small)
