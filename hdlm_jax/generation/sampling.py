@@ -85,8 +85,6 @@ def draw(
 @functools.lru_cache(maxsize=64)
 def _chain(parts: Parts, hs: Hyperschedule, sampler: tuple) -> loop.Chain:
     s = ConfigDict(dict(sampler))
-    if s.kind == "ancestral":  # it makes no corrections: the experiment's eta is for the others
-        s = ConfigDict({**s, "eta": None})
     corrects = s.kind in ("acs", "acs_published") and s.eta > 0
     if corrects and parts.loss.name == "epsilon_nelbo" and not s.untrained_correction:
         raise UserError(
