@@ -47,7 +47,7 @@ def measure(config: ConfigDict, num_tokens: int, hs: Hyperschedule, batch: int, 
     if full:
         return row | {"rows/call": hs.length}
     rows = hs.width + loop.trailing_row(chain) + loop.settling_rows(chain) / (hs.tau_max if hs.kind == "block" else 1)
-    mean_slots = (min(hs.length, loop.SEGMENT) + hs.length) // 2
+    mean_slots = (min(hs.length, loop.granularity(hs.length)) + hs.length) // 2
     attending = seconds(_cache_attention(parts.model, batch, round(rows), mean_slots), repeats)
     ar = sampling.chain(parts, hyperschedules.quenched(hs.length), config.sampler)
     ar_time = seconds(_generation(ar, params, batch, hs.length, False), repeats)

@@ -26,9 +26,9 @@ from hdlm_jax.models import cache as kv_cache
 from hdlm_jax.models import layouts
 from hdlm_jax.models.attention import cached as cached_attention
 from hdlm_jax.models.attention import dense
-from hdlm_jax.models.transformer import TransformerConfig, forward, logits, unstacked
+from hdlm_jax.models.transformer import TransformerConfig, forward, logits, rotary_rows, unstacked
 
-SEGMENT = 128  # cache slots by which a segment of the scan grows: attention runs over the filled part
+SEGMENTS, SLOTS = 8, 64  # a scan is cut into at most so many segments, each a multiple of so many slots longer
 
 
 class Chain(NamedTuple):
@@ -126,6 +126,15 @@ def cached(
     return x_BxL, (jnp.concatenate(history) if record else None)
 
 
+def granularity(length: int) -> int:
+    """Cache slots by which a segment of the scan grows: attention runs over little more than the filled part.
+
+    >>> [granularity(length) for length in (100, 512, 1024, 2048)]
+    [64, 64, 128, 256]
+    """
+    return -(-length // (SEGMENTS * SLOTS)) * SLOTS
+
+
 class Segment(NamedTuple):
     """Steps [first, end) that run over `slots` cache slots."""
 
@@ -135,11 +144,11 @@ class Segment(NamedTuple):
 
 
 def _plan(chain: Chain, length: int, longest_prompt: int) -> list[Segment]:
-    """Cuts the steps where the window's start passes a multiple of SEGMENT slots."""
+    """Cuts the steps where the window's start passes a multiple of `granularity` slots."""
     hs, stride = chain.hs, chain.hs.tau_max if _settles_at_once(chain.hs) else 1
-    segments, first = [], 0
+    grain, segments, first = granularity(length), [], 0
     while first < hs.num_steps:
-        slots = min((longest_prompt + hs.window(first)[0]) // SEGMENT * SEGMENT + SEGMENT, length)
+        slots = min((longest_prompt + hs.window(first)[0]) // grain * grain + grain, length)
         low, high = first + stride, hs.num_steps
         while low < high:  # the first step whose window starts past the slots, unless they hold whole texts
             middle = (low + high) // 2
@@ -241,7 +250,7 @@ def window_logits(
     sees_RxR = jnp.where(window_R[:, None], True, visibility.settled_sees(offset_R[:, None], offset_R[None, :]))
     own_RxR = offset_R[:, None] == offset_R[None, :]
     visible = (live_BxR[:, :, None] & live_BxR[:, None, :] & sees_RxR[None]) | own_RxR[None]
-    slot_S = jnp.arange(cache[0].k.shape[2])
+    slot_S = jnp.arange(kv_cache.num_slots(cache))
     filled_B = origin_B + start - settling
     past = visibility.active_sees_settled(filled_B[:, None, None], slot_S[None, None, :])
     hidden, new = forward(
@@ -251,6 +260,7 @@ def window_logits(
         layouts.row_positions(config, row_BxR),
         cached_attention(past, visible),
         sigma_BxR=chain.sigma(jnp.broadcast_to(alpha_R[None], row_BxR.shape)),
+        rotary=rotary_rows(config, params, x_BxL.shape[1], layouts.row_positions(config, row_BxR)),
         past=cache,
         return_kv=True,
     )
@@ -269,7 +279,7 @@ def _prefill(chain, params, cache, x_BxL, longest_prompt):
     causal = visibility.settled_sees(row_P[:, None], row_P[None, :])[None]
     clean = chain.sigma(jnp.ones(tokens.shape, params["embedding"].dtype))
     _, rows = forward(config, params, tokens, positions, dense(causal), sigma_BxR=clean, return_kv=True)
-    cache = kv_cache.grow(cache, max(cache[0].k.shape[2], longest_prompt))
+    cache = kv_cache.grow(cache, max(kv_cache.num_slots(cache), longest_prompt))
     return kv_cache.write(cache, rows, jnp.broadcast_to(row_P[None], tokens.shape))
 
 

@@ -137,12 +137,12 @@ def cached(visible_past: Array | None, visible: Array | None) -> Attention:
     """Rows attend to the cache and to one another under one softmax.
 
     Args:
-      visible_past: bool [B|1, R, S], which cache slots each row sees.
+      visible_past: bool [B|1, R, S], which slots of `past` each row sees (its keys are [B, H, D, S]).
       visible: bool [B|1, R, R], which rows of this call each row sees.
     """
 
     def attend(q, k, v, past, dropout):
-        groups = [scores(q, past.k, visible_past), scores(q, k, visible)]
+        groups = [scores(q, jnp.swapaxes(past.k, 2, 3), visible_past), scores(q, k, visible)]
         return join(groups, [over(past.v), over(v)], dropout)
 
     return attend

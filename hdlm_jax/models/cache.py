@@ -1,7 +1,8 @@
 """The KV cache: keys and values of settled rows, one pair of arrays per block.
 
 Slot r of the cache belongs to row r, the row that predicts token r (diffusion/visibility.py). Settled
-rows never see active ones, so what is stored stays exact.
+rows never see active ones, so what is stored stays exact. Keys lie transposed, slots last: a product of a few
+queries with many keys then turns nothing around.
 """
 
 import jax.numpy as jnp
@@ -10,31 +11,37 @@ from jax import Array
 from hdlm_jax.models.attention import KV
 from hdlm_jax.models.transformer import TransformerConfig
 
-Cache = tuple[KV, ...]  # one KV of [B, H, S, D] per block
+Cache = tuple[KV, ...]  # per block: keys [B, H, D, S], values [B, H, S, D]
 
 
 def empty(config: TransformerConfig, batch: int, slots: int, dtype) -> Cache:
     """A cache of zeros with `slots` rows."""
-    shape = (batch, config.heads, slots, config.head_size)
-    return tuple(KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.blocks))
+    keys = jnp.zeros((batch, config.heads, config.head_size, slots), dtype)
+    return tuple(KV(keys, keys.mT) for _ in range(config.blocks))
+
+
+def num_slots(cache: Cache) -> int:
+    """S, the rows that a cache has room for."""
+    return cache[0].v.shape[2]
 
 
 def write(cache: Cache, new: Cache, slot_BxR: Array) -> Cache:
-    """Stores rows at their slots; rows whose slot lies outside the cache are dropped."""
+    """Stores rows ([B, H, R, D] keys and values) at their slots; rows whose slot lies outside are dropped."""
     rows_B = jnp.arange(slot_BxR.shape[0])[:, None]
-    slots = cache[0].k.shape[2]
-    slot_BxR = jnp.where(slot_BxR < 0, slots, slot_BxR)  # negative indices would wrap around
+    slot_BxR = jnp.where(slot_BxR < 0, num_slots(cache), slot_BxR)  # negative indices would wrap around
 
     def store(old, rows):
-        return old.at[rows_B, :, slot_BxR].set(jnp.swapaxes(rows, 1, 2).astype(old.dtype), mode="drop")
+        keys, values = (jnp.swapaxes(x, 1, 2) for x in rows)
+        keys = old.k.at[rows_B, :, :, slot_BxR].set(keys.astype(old.k.dtype), mode="drop")
+        return KV(keys, old.v.at[rows_B, :, slot_BxR].set(values.astype(old.v.dtype), mode="drop"))
 
-    return tuple(KV(store(old.k, rows.k), store(old.v, rows.v)) for old, rows in zip(cache, new, strict=True))
+    return tuple(store(old, rows) for old, rows in zip(cache, new, strict=True))
 
 
 def grow(cache: Cache, slots: int) -> Cache:
     """The same cache with room for `slots` rows."""
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
-    return tuple(KV(pad(kv.k), pad(kv.v)) for kv in cache)
+    more, none = (0, slots - num_slots(cache)), (0, 0)
+    return tuple(KV(jnp.pad(kv.k, (none, none, none, more)), jnp.pad(kv.v, (none, none, more, none))) for kv in cache)
 
 
 def num_bytes(config: TransformerConfig, batch: int, slots: int, dtype) -> int:

@@ -157,7 +157,7 @@ def test_cached_scores_are_recomputed_scores_everywhere(kind, prediction):
 
 @pytest.mark.parametrize("name", ["block"])
 def test_several_segments_give_the_tokens_of_one(name, monkeypatch):
-    monkeypatch.setattr(loop, "SEGMENT", 4)
+    monkeypatch.setattr(loop, "SLOTS", 1)
     assert len(loop._plan(RUNS[name], L, max(ORIGINS))) > 1
     with jax.enable_x64():
         _, history = generate(RUNS[name], random_params(RUNS[name].config, jnp.float64))
@@ -181,7 +181,8 @@ def test_segments_follow_each_other_and_their_cache_holds_what_has_settled(hs, l
     assert [plan[0].first, *(segment.end for segment in plan)] == [s.first for s in plan] + [hs.num_steps]
     for segment in plan:
         filled = [min(longest_prompt + hs.window(step)[0], hs.length) for step in range(segment.first, segment.end)]
-        assert max(filled) <= segment.slots <= min(max(filled) // loop.SEGMENT * loop.SEGMENT + loop.SEGMENT, hs.length)
+        grain = loop.granularity(hs.length)
+        assert max(filled) <= segment.slots <= min(max(filled) // grain * grain + grain, hs.length)
         assert hs.kind != "block" or segment.first % hs.tau_max == 0
     slots = [segment.slots for segment in plan]
     assert slots == sorted(set(slots))  # a segment more is a program more to compile
