@@ -32,7 +32,8 @@ def default() -> ConfigDict:
             "tfds_field": "text",
             "held_out": 0.05,  # share of the documents held out
             "held_out_path": "",  # text: separate held-out files, instead of a share
-            "tokenizer": "bytes",  # 'bytes' | 'sentencepiece' (trained on the corpus) | a .model file
+            # 'bytes' | 'sentencepiece' (trained on the corpus) | a .model file | a tokenizer.json | a folder
+            "tokenizer": "bytes",
             "vocab_size": 2048,  # N of a sentencepiece model trained here
             "length": 128,  # L, tokens per window
             "prepared": "",  # a folder written by `hdlm prepare` ('' = prepare inside the run folder)
@@ -48,6 +49,7 @@ def default() -> ConfigDict:
             "prediction": "aligned",  # 'aligned' (row i predicts token i) | 'shifted' (row i - 1 does)
             "visibility": "full",  # 'full' | 'prefix' (settled rows causal, window sees settled + itself)
             "context": "causal",  # among settled rows
+            "context_group": 1,  # settled rows see whole groups of so many; above 1 nothing is cached
             "conditioning": 0,  # width of the noise-level embedding; 0 = the network does not see it
             "interpolation": 0.0,  # drift of the input embedding to the mask's, e^{-interpolation sigma}
             "rotary_base": 10_000.0,
@@ -77,26 +79,33 @@ def default() -> ConfigDict:
     )
     c.noising = ConfigDict(
         {
-            "kind": "epsilon_hybrid",  # 'absorb' | 'uniform' | 'epsilon_hybrid' | 'gamma_hybrid'
+            "kind": "epsilon_hybrid",  # 'absorb' | 'uniform' | 'epsilon_hybrid' | 'gamma_hybrid' | 'gidd' |
+            # 'd3pm_band' | 'd3pm_nearest'
             "epsilon": optional(float),  # [0, 1), share of shuffled tokens among the unmasked
             "gamma": optional(float),  # [0, 1), share of the uniform clock
+            "uniform_share": optional(float),  # gidd: [0, 1), largest share of random tokens
+            "width": optional(int),  # d3pm_band: the longest jump, in token ids
         }
     )
     c.loss = ConfigDict(
         {
-            "kind": "hybrid_cross_entropy",  # or 'epsilon_nelbo', 'acs_nelbo' (at sampler.eta), 'absorb_nelbo'
+            "kind": "hybrid_cross_entropy",  # or 'nelbo' (any process), 'epsilon_nelbo', 'acs_nelbo' (at
+            # sampler.eta), 'absorb_nelbo', 'score_entropy', 'published_score_entropy'
+            "reading": "cavity",  # nelbo: tokens are read as 'cavity' (from the other positions) | 'posterior'
             "token_weight": 1.0,  # lambda: weight of unmasked tokens (hybrid_cross_entropy)
             "inverse_survival": True,  # divide the token weights by 1 - p, as published for flat training
             "context_weight": 0.0,  # shifted, tiled: weight of next-token cross-entropy on the clean copy
-            "reconstruction_share": 0.1,  # epsilon_nelbo, continuous times: share of rows at 0+
+            "settled_weight": 0.0,  # prefix, plain layout: weight of cross-entropy on the settled tokens
+            "reconstruction_share": 0.1,  # bounds, continuous times: share of rows at 0+, where that is noise
             "noise_range": (0.0, 1.0),  # training only: draw noise fractions from this range
             "origin_share": 0.5,  # prefix training: share of rows whose text starts at a random origin
             "rows_per_chunk": 2048,  # rows whose logits exist at a time
+            "variance": "auto",  # of draws: 'independent' | 'stratified' | 'antithetic' | 'counts'; 'auto': the best
         }
     )
     c.sampler = ConfigDict(
         {
-            "kind": "acs",  # 'ancestral' | 'acs' | 'acs_published'
+            "kind": "acs",  # 'ancestral' | 'analytic' | 'euler' | 'acs' | 'acs_published'
             "eta": 0.25,  # acs: strength of the correction, in [0, 1]
             "steps": 128,  # flat: model calls
             "temperature": 1.0,
@@ -121,6 +130,7 @@ def default() -> ConfigDict:
     )
     c.training = ConfigDict(
         {
+            "initial": "",  # a run or exported folder whose weights a run starts from ('' = fresh ones)
             "steps": 1000,
             "batch": 32,  # texts per optimizer step, over all devices
             "accumulation": 1,  # passes per optimizer step

@@ -24,18 +24,25 @@ class Shares(NamedTuple):
     mask: Array
 
 
+def absorbed(alpha_from: Array, alpha_to: Array) -> Shares:
+    """Shares of a mask that stays a mask."""
+    return Shares(jnp.ones_like(alpha_to), jnp.zeros_like(alpha_to), jnp.zeros_like(alpha_to))
+
+
 class Chain(NamedTuple):
-    """A chain by its shares; a mask stays a mask.
+    """A chain by its shares.
 
     Attributes:
       num_tokens: N.
       shares: alpha -> shares of a clean token.
       between: (alpha_from, alpha_to) -> shares of an unmasked token at alpha_from.
+      masked: (alpha_from, alpha_to) -> shares of a mask at alpha_from; what it keeps is the mask.
     """
 
     num_tokens: int
     shares: Callable[[Array], Shares]
     between: Callable[[Array, Array], Shares]
+    masked: Callable[[Array, Array], Shares] = absorbed
 
 
 def homogeneous(num_tokens: int, clock: Callable[[Array, Array], Shares]) -> Chain:
@@ -43,30 +50,56 @@ def homogeneous(num_tokens: int, clock: Callable[[Array, Array], Shares]) -> Cha
     return Chain(num_tokens, lambda alpha: clock(alpha, 1 - alpha), lambda a, b: clock(*ratio(a, b)))
 
 
+def interpolating(num_tokens: int, uniform_share: float) -> Chain:
+    """GIDD's chain: masks and random tokens in turns, with a mask that may turn into a token again.
+
+    At t = 1 - alpha and g = 2 p / (1 - p) sqrt(t (1 - t)), p the uniform share, a clean token's shares are
+    (1 - t, g, t) / (1 + g). From s to t every state, the mask too, stays with the share keep_t / keep_s; the
+    other two are what the marginals leave, spread_t - spread_s keep_t / keep_s and mask_t - mask_s keep_t / keep_s,
+    here free of cancellation.
+    """
+    rate = 2 * uniform_share / (1 - uniform_share)
+
+    def shares(alpha: Array) -> Shares:
+        token = rate * _sqrt(alpha * (1 - alpha))
+        return Shares(*(part / (1 + token) for part in (alpha, token, 1 - alpha)))
+
+    def between(alpha_from: Array, alpha_to: Array) -> Shares:
+        before, after = (rate * _sqrt(alpha * (1 - alpha)) for alpha in (alpha_from, alpha_to))
+        survival, lost = ratio(alpha_from, alpha_to)
+        roots = _sqrt(1 - alpha_to) + _sqrt(survival * (1 - alpha_from))
+        token = rate * _sqrt(alpha_to) * lost / jnp.where(roots > 0, roots, 1)
+        return Shares(*(part / (1 + after) for part in (survival * (1 + before), token, lost)))
+
+    return Chain(num_tokens, shares, between, absorbed if uniform_share == 0 else between)
+
+
 def marginal(chain: Chain, x0: ArrayLike, alpha: ArrayLike) -> Array:
     """q(z | x0) [V]."""
-    return _law(chain.num_tokens, chain.shares(_float(alpha)), x0)
+    return _law(chain.num_tokens, chain.shares(as_float(alpha)), x0)
 
 
 def transition(chain: Chain, z: ArrayLike, alpha_from: ArrayLike, alpha_to: ArrayLike) -> Array:
     """q(z_to | z_from = z) [V], alpha_from >= alpha_to."""
-    law_V = _law(chain.num_tokens, chain.between(_float(alpha_from), _float(alpha_to)), z)
-    return jnp.where(jnp.equal(z, chain.num_tokens), _one_hot(z, law_V), law_V)
+    alphas = as_float(alpha_from), as_float(alpha_to)
+    is_mask = jnp.equal(z, chain.num_tokens)
+    shares = (jnp.where(is_mask, m, t) for m, t in zip(chain.masked(*alphas), chain.between(*alphas), strict=True))
+    return _law(chain.num_tokens, Shares(*shares), z)
 
 
 def likelihood(chain: Chain, zt: ArrayLike, alpha_t: ArrayLike) -> Array:
     """q(zt | x) [N] for every x."""
-    return _backward(chain.num_tokens, chain.shares(_float(alpha_t)), zt)[: chain.num_tokens]
+    return _from_tokens(chain.num_tokens, chain.shares(as_float(alpha_t)), zt)
 
 
 def posterior(chain: Chain, zt: ArrayLike, x0: ArrayLike, alpha_t: ArrayLike, alpha_s: ArrayLike) -> Array:
     """q(z_s | zt, x0) [V] = q(z_s | x0) q(zt | z_s) / q(zt | x0), alpha_s >= alpha_t."""
-    alpha_t, alpha_s = _float(alpha_t), _float(alpha_s)
+    alpha_t, alpha_s = as_float(alpha_t), as_float(alpha_s)
     before_V = _law(chain.num_tokens, chain.shares(alpha_s), x0)
-    back_V = _backward(chain.num_tokens, chain.between(alpha_s, alpha_t), zt)
+    back_V = _backward(chain, alpha_s, alpha_t, zt)
     evidence = _law(chain.num_tokens, chain.shares(alpha_t), x0)[zt]
     table_V = before_V * back_V / jnp.where(evidence > 0, evidence, 1)
-    return jnp.where((evidence > 0) & (alpha_s > alpha_t), table_V, _one_hot(zt, table_V))
+    return jnp.where((evidence > 0) & (alpha_s > alpha_t), table_V, one_hot(zt, table_V))
 
 
 def reverse(
@@ -82,21 +115,21 @@ def reverse(
     q(zt | y) (keep w_y + b_y sum_x w_x) for z_s = y, where w_x = p(x | zt) / q(zt | x), w_mask = 0 and
     q(y | x) = keep 1[y = x] + b_y at alpha_s.
     """
-    alpha_t, alpha_s = _float(alpha_t), _float(alpha_s)
+    alpha_t, alpha_s = as_float(alpha_t), as_float(alpha_s)
     likelihood_N = likelihood(chain, zt, alpha_t)
     p_N = read(likelihood_N, zt, x0_probs_N, reading)
     possible_N = likelihood_N > 0
     w_N = jnp.where(possible_N, p_N / jnp.where(possible_N, likelihood_N, 1), 0)
     shares = chain.shares(alpha_s)
     before_V = _arrivals(chain.num_tokens, shares) * w_N.sum() + jnp.append(shares.keep * w_N, 0)
-    table_V = before_V * _backward(chain.num_tokens, chain.between(alpha_s, alpha_t), zt)
-    return jnp.where(jnp.any(possible_N) & (alpha_s > alpha_t), table_V, _one_hot(zt, table_V))
+    table_V = before_V * _backward(chain, alpha_s, alpha_t, zt)
+    return jnp.where(jnp.any(possible_N) & (alpha_s > alpha_t), table_V, one_hot(zt, table_V))
 
 
 def sample(chain: Chain, rng: Array, x0: ArrayLike, alpha: ArrayLike) -> Array:
     """Draws of q(z | x0), of x0's shape and dtype: one uniform and one random token per position."""
     stay_rng, token_rng = jax.random.split(rng)
-    x0, alpha = jnp.asarray(x0), _float(alpha)
+    x0, alpha = jnp.asarray(x0), as_float(alpha)
     alpha = jnp.broadcast_to(alpha.astype(jnp.promote_types(alpha.dtype, jnp.float32)), x0.shape)
     shares = chain.shares(alpha)
     u = jax.random.uniform(stay_rng, x0.shape, alpha.dtype)
@@ -125,7 +158,7 @@ def read(likelihood_N: Array, zt: ArrayLike, x0_probs_N: Array, reading: str) ->
     The largest entry is scaled to 1 first: tiny probabilities neither vanish nor blow up a gradient.
     """
     N = likelihood_N.shape[-1]
-    shuffle_N = _one_hot(zt, likelihood_N) + 1 / N
+    shuffle_N = one_hot(zt, likelihood_N) + 1 / N
     factor_N = choose("noising.reading", reading, READINGS)(likelihood_N, shuffle_N)
     factor_N = jnp.where(jnp.any(likelihood_N > 0), factor_N, jnp.ones_like(factor_N))
     weight_N = x0_probs_N * factor_N
@@ -147,16 +180,21 @@ def power(survival: Array, lost: Array, exponent: float) -> tuple[Array, Array]:
         return jnp.ones_like(survival), jnp.zeros_like(survival)
     if exponent == 1:
         return survival, lost
-    near_1, some = survival > 0.5, survival > 0
-    far = jnp.log(jnp.where(some & ~near_1, survival, 1))
-    log_power = exponent * jnp.where(near_1, jnp.log1p(-jnp.where(near_1, lost, 0)), far)
+    some, log_power = survival > 0, exponent * log_survival(survival, lost)
     return jnp.where(some, jnp.exp(log_power), 0), jnp.where(some, -jnp.expm1(log_power), 1)
 
 
+def log_survival(survival: Array, lost: Array) -> Array:
+    """log survival, given lost = 1 - survival, as exact near 1 as near 0; 0 where survival is 0."""
+    near_1 = survival > 0.5
+    far = jnp.log(jnp.where((survival > 0) & ~near_1, survival, 1))
+    return jnp.where(near_1, jnp.log1p(-jnp.where(near_1, lost, 0)), far)
+
+
 def _law(num_tokens: int, shares: Shares, z: ArrayLike) -> Array:
-    """[V]: the law of the noisier token given the ordinary token `z`."""
+    """[V]: the law of the noisier state given `z`, whose shares these are."""
     arrivals_V = _arrivals(num_tokens, shares)
-    return arrivals_V + shares.keep * _one_hot(z, arrivals_V)
+    return arrivals_V + shares.keep * one_hot(z, arrivals_V)
 
 
 def _arrivals(num_tokens: int, shares: Shares) -> Array:
@@ -164,18 +202,30 @@ def _arrivals(num_tokens: int, shares: Shares) -> Array:
     return jnp.where(jnp.arange(num_tokens + 1) < num_tokens, shares.spread / num_tokens, shares.mask)
 
 
-def _backward(num_tokens: int, shares: Shares, zt: ArrayLike) -> Array:
-    """[V]: probability that each cleaner state becomes `zt`; a mask only ever becomes a mask."""
-    is_mask = jnp.equal(zt, num_tokens)
-    arrives = jnp.where(is_mask, shares.mask, shares.spread / num_tokens)
-    ordinary_V = jnp.arange(num_tokens + 1) < num_tokens
-    table_V = jnp.where(ordinary_V, arrives, is_mask.astype(arrives.dtype))
-    return jnp.where(ordinary_V, table_V + shares.keep * _one_hot(zt, table_V), table_V)
+def _from_tokens(num_tokens: int, shares: Shares, zt: ArrayLike) -> Array:
+    """[N]: probability that each ordinary token becomes `zt`."""
+    arrives = jnp.where(jnp.equal(zt, num_tokens), shares.mask, shares.spread / num_tokens)
+    table_N = jnp.broadcast_to(arrives, (num_tokens,))
+    return table_N + shares.keep * one_hot(zt, table_N)
 
 
-def _one_hot(z: ArrayLike, like_V: Array) -> Array:
+def _backward(chain: Chain, alpha_s: Array, alpha_t: Array, zt: ArrayLike) -> Array:
+    """[V]: q(zt | z_s) for every state z_s."""
+    N, masked = chain.num_tokens, chain.masked(alpha_s, alpha_t)
+    from_mask = jnp.where(jnp.equal(zt, N), masked.keep + masked.mask, masked.spread / N)
+    return jnp.append(_from_tokens(N, chain.between(alpha_s, alpha_t), zt), from_mask)
+
+
+def one_hot(z: ArrayLike, like_V: Array) -> Array:
+    """1[state = z] [V], of the length and dtype of `like_V`."""
     return (jnp.arange(like_V.shape[-1]) == z).astype(like_V.dtype)
 
 
-def _float(alpha: ArrayLike) -> Array:
+def as_float(alpha: ArrayLike) -> Array:
+    """`alpha` as a floating array of its own, or the default, dtype."""
     return jnp.asarray(alpha, jnp.result_type(alpha, float))
+
+
+def _sqrt(x: Array) -> Array:
+    """The square root, with gradient 0 at 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)

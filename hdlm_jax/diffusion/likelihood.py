@@ -124,14 +124,14 @@ def step_terms(
 ) -> tuple[Array, Array]:
     """KL of the call step -> step+1, given what it is fed: (diffusion, last), nats [B, L] each.
 
-    `last` holds the positions that settle in this call, `diffusion` those that change and do not.
+    `last` holds the positions that settle in this call, `diffusion` the others. Where the level does not fall
+    both kernels keep the token, and both terms are 0.
     """
     alpha_t, alpha_s = (jnp.broadcast_to(chain.alpha(s)[None], x0_BxL.shape) for s in (step, step + 1))
     divergence = jnp.vectorize(partial(_divergence, chain), signature="(),(),(n),(),()->()")
     kl_BxL = divergence(zt_BxL, x0_BxL, denoiser(step, zt_BxL), alpha_t, alpha_s)
-    before, after = chain.hs.levels_at(step)[None], chain.hs.levels_at(step + 1)[None]
-    changes, settles = after < before, after == 0
-    return jnp.where(changes & ~settles, kl_BxL, 0.0), jnp.where(changes & settles, kl_BxL, 0.0)
+    settles = chain.hs.levels_at(step + 1)[None] == 0
+    return jnp.where(settles, 0.0, kl_BxL), jnp.where(settles, kl_BxL, 0.0)
 
 
 def prior_terms(chain: ReverseChain, x0_L: Array) -> Array:

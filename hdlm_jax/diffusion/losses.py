@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import xlogy
+from jax.typing import ArrayLike
 
-from hdlm_jax.diffusion.noising import NoisingProcess
+from hdlm_jax.diffusion import bounds, score_losses, scores
+from hdlm_jax.diffusion.noising import PROCESSES, NoisingProcess
 from hdlm_jax.diffusion.phases import Phase
-from hdlm_jax.errors import UserError, choose, require, unknown
+from hdlm_jax.errors import UserError, choose, require
 
 
 class Loss(NamedTuple):
@@ -136,7 +138,6 @@ def acs_nelbo(process: NoisingProcess, eta: float, reading: str = "cavity") -> L
     def terms(logits_RxV, x0_R, zt_R, phase):
         masked, last = zt_R == process.mask, phase.last_weight > 0
         transfer = jnp.where(masked | last, 1.0, (phase.alpha_s - phase.alpha_t) / jnp.maximum(1 - phase.alpha_t, 1e-7))
-        steps = phase.mask_weight / jnp.maximum(transfer, 1e-7)
         ids = jax.lax.broadcasted_iota(zt_R.dtype, logits_RxV.shape, logits_RxV.ndim - 1)
         log_p = jax.nn.log_softmax(jnp.where(ids == zt_R[..., None], logits_RxV + log_odds, logits_RxV), axis=-1)
         log_smooth = jnp.log((1 - e) * jnp.exp(log_p[..., :N]) + other)
@@ -151,7 +152,7 @@ def acs_nelbo(process: NoisingProcess, eta: float, reading: str = "cavity") -> L
         correction = h * rest + before * (jnp.log(before) - jnp.log(after))
         return {
             "diffusion": jnp.where(masked & ~last, phase.mask_weight, 0.0) * whole,
-            "correction": jnp.where(masked | last, 0.0, steps) * correction,
+            "correction": jnp.where(masked | last, 0.0, phase.steps) * correction,
             "reconstruction": phase.last_weight * -_at(log_p, x0_R),
         }
 
@@ -159,11 +160,18 @@ def acs_nelbo(process: NoisingProcess, eta: float, reading: str = "cavity") -> L
 
 
 def absorb_nelbo(process: NoisingProcess) -> Loss:
-    """The exact negative ELBO of masked diffusion (MDLM, MD4): weighted cross-entropy at masks."""
+    """The exact negative ELBO of masked diffusion (MDLM, MD4): weighted cross-entropy at masks.
+
+    Terms: `diffusion`, and `reconstruction` where the step is the position's last.
+    """
 
     def terms(logits_RxV, x0_R, zt_R, phase):
-        weight = jnp.maximum(phase.mask_weight, phase.last_weight)  # equal in a last step
-        return {"mask": jnp.where(zt_R == process.mask, weight, 0.0) * cross_entropy(logits_RxV, x0_R)}
+        masked, last = zt_R == process.mask, phase.last_weight > 0
+        nats_R = cross_entropy(logits_RxV, x0_R)
+        return {
+            "diffusion": jnp.where(masked & ~last, phase.mask_weight, 0.0) * nats_R,
+            "reconstruction": jnp.where(masked, phase.last_weight, 0.0) * nats_R,
+        }
 
     return Loss("absorb_nelbo", "posterior", True, terms)
 
@@ -173,11 +181,22 @@ LOSSES = {
     "epsilon_nelbo": ("absorb", "epsilon_hybrid"),
     "acs_nelbo": ("epsilon_hybrid",),
     "absorb_nelbo": ("absorb",),
+    "nelbo": tuple(PROCESSES),
+    "score_entropy": ("absorb", "uniform", "gamma_hybrid"),
+    "published_score_entropy": ("gamma_hybrid",),
 }
 
 
 def build(
-    kind: str, process: NoisingProcess, token_weight: float = 1.0, inverse_survival: bool = True, eta: float = 0.0
+    kind: str,
+    process: NoisingProcess,
+    token_weight: float = 1.0,
+    inverse_survival: bool = True,
+    eta: float = 0.0,
+    reading: str = "cavity",
+    continuous: bool = False,
+    settled_weight: float = 0.0,
+    completes: bool = True,
 ) -> Loss:
     """The loss named `kind` for a process; refuses pairs that do not belong together.
 
@@ -186,41 +205,90 @@ def build(
       process: the noising process.
       token_weight, inverse_survival: of hybrid_cross_entropy.
       eta: of acs_nelbo, the sampler's.
+      reading: of nelbo, how the network is to be read at unmasked tokens.
+      continuous: whether the phases are of continuous times.
+      settled_weight: of the cross-entropy of settled tokens, which is added (`with_settled`).
+      completes: of score_entropy, whether texts may be shown at 0+ among continuous times.
     """
+    if settled_weight:
+        require(0 <= settled_weight < math.inf, "loss.settled_weight", settled_weight, "a number >= 0")
+        loss = build(kind, process, token_weight, inverse_survival, eta, reading, continuous, 0.0, completes)
+        return with_settled(loss, settled_weight, mean_by_text=kind == "published_score_entropy")
     processes = choose("loss.kind", kind, LOSSES)
     require(0 <= token_weight < math.inf, "loss.token_weight", token_weight, "a number >= 0")
     if process.name not in processes:
         fitting = [name for name, allowed in LOSSES.items() if process.name in allowed]
         raise UserError(
             f"loss.kind: got {kind!r} with noising.kind {process.name!r}; allowed for this process:"
-            f" {', '.join(map(repr, fitting)) or 'none yet'}"
+            f" {', '.join(map(repr, fitting))}"
         )
     if kind == "hybrid_cross_entropy":
         return hybrid_cross_entropy(process, token_weight, inverse_survival)
     if kind == "acs_nelbo":
-        require(process.epsilon > 0, "noising.epsilon", process.epsilon, "a positive share for loss.kind 'acs_nelbo'")
-        require(0 <= eta <= 1, "sampler.eta", eta, "a number in [0, 1]")
-        return acs_nelbo(process, eta)
+        return acs_bound(process, eta, "cavity")
+    if kind == "nelbo":
+        choose("loss.reading", reading, dict.fromkeys(process.readings))
+        return bound(process, reading, continuous)._replace(name="nelbo")
+    if kind == "score_entropy":
+        return Loss(kind, "score", continuous, score_losses.score_entropy(process, continuous, completes=completes))
+    if kind == "published_score_entropy":
+        return Loss(kind, "published_score", False, score_losses.published_score_entropy(process, continuous))
     return epsilon_nelbo(process) if kind == "epsilon_nelbo" else absorb_nelbo(process)
 
 
-def prior_kl(process: NoisingProcess, alpha: float) -> float:
-    """KL(q_T(. | x) || prior) of one position, nats, where pure noise keeps `alpha` of the tokens.
+def with_settled(loss: Loss, weight: float, mean_by_text: bool = False) -> Loss:
+    """A loss and, in the term `settled`, the cross-entropy of the tokens that are settled in the pass.
 
-    The prior is q_T averaged over a uniform x; 0 for alpha = 0.
+    Each weighs `weight`; with `mean_by_text`, as published for the gamma-hybrid, all of a text do together. The
+    published weights of blocks, which leave the first block out, are not applied.
     """
-    N, e = process.num_tokens, process.epsilon
-    own, other = 1 - e + e / N, e / N
-    return alpha * float(own * math.log(own * N) + (N - 1) * xlogy(other, other * N))
+
+    def terms(logits_RxV, x0_R, zt_R, phase):
+        settled = (phase.alpha_t >= 1) & (phase.steps == 0)
+        share = weight / jnp.maximum(phase.start, 1) if mean_by_text else weight
+        nats_R = cross_entropy(logits_RxV, x0_R)
+        return loss.terms(logits_RxV, x0_R, zt_R, phase) | {"settled": jnp.where(settled, share, 0.0) * nats_R}
+
+    return loss._replace(terms=terms)
 
 
-def bound(process: NoisingProcess, reading: str) -> Loss:
-    """The loss whose expectation is the process's negative ELBO, for a network read by `reading`."""
-    if process.name == "absorb":
+def prior_kl(process: NoisingProcess, alpha: float, x0: ArrayLike = 0) -> Array:
+    """KL(q_T(. | x0) || prior) of each position, nats, of x0's shape, where pure noise is of survival `alpha`.
+
+    The prior is q_T averaged over a uniform x. 0 for alpha = 0, where a chain has forgotten everything.
+    """
+    return bounds.prior_divergence(process, alpha, jnp.asarray(x0))
+
+
+def bound(process: NoisingProcess, reading: str, continuous: bool = False) -> Loss:
+    """The loss whose expectation is the process's negative ELBO, for a network read by `reading`.
+
+    Args:
+      process: any noising process.
+      reading: how the network is read at unmasked tokens, or its scores (diffusion/scores.py).
+      continuous: whether the phases are of continuous times.
+    """
+    if reading in scores.READINGS:
+        steps, flow = score_losses.score_nelbo, score_losses.score_entropy
+        terms = flow(process, True, reading) if continuous else steps(process, reading)
+        return Loss("score_nelbo", reading, True, terms)
+    if process.frozen and process.epsilon == 0:  # absorb, or a hybrid of nothing else
         return absorb_nelbo(process)
     if process.name == "epsilon_hybrid":
         return epsilon_nelbo(process, reading)
-    raise unknown("noising.kind (likelihood)", process.name, ("absorb", "epsilon_hybrid"))
+    return Loss("nelbo", reading, True, bounds.terms(process, reading, continuous))
+
+
+def acs_bound(process: NoisingProcess, eta: float, reading: str) -> Loss:
+    """`acs_nelbo`, its arguments checked.
+
+    Raises:
+      UserError: a process without shuffled tokens, eta outside [0, 1].
+    """
+    require(process.name == "epsilon_hybrid", "noising.kind", process.name, "'epsilon_hybrid' for a correction (eta)")
+    require(process.epsilon > 0, "noising.epsilon", process.epsilon, "a positive share for loss.kind 'acs_nelbo'")
+    require(0 <= eta <= 1, "sampler.eta", eta, "a number in [0, 1]")
+    return acs_nelbo(process, eta, reading)
 
 
 def _at(scores_RxV: Array, index_R: Array) -> Array:

@@ -2,14 +2,18 @@
 
 N ordinary tokens are 0 .. N-1; the mask is token N; tables run over V = N + 1 states. alpha in [0, 1] is the
 survival at a noise level: 1 is clean, 0 is pure noise. With u_N the uniform law on ordinary tokens and e_m
-the mask, the law of a noised token is (D3PM, SEDD and MDLM for the first two; Fathi et al. 2025, HDLM)
+the mask, the law of a noised token is (D3PM, SEDD and MDLM for the first two; Fathi et al. 2025, HDLM; von
+Rütte et al. 2025 for GIDD)
 
   absorb           alpha 1[x] + (1 - alpha) e_m
   uniform          alpha 1[x] + (1 - alpha) u_N
   gamma_hybrid     alpha 1[x] + (A - alpha) u_N + (1 - A) e_m,  A = alpha^(1 - gamma)
   epsilon_hybrid   alpha ((1 - epsilon) 1[x] + epsilon u_N) + (1 - alpha) e_m for alpha < 1, and 1[x] at 1
+  gidd             (alpha 1[x] + g u_N + (1 - alpha) e_m) / (1 + g),  g = 2 p / (1 - p) sqrt(alpha (1 - alpha))
+  d3pm_band        a random walk on the cycle of ids: -log alpha jumps on average, of up to `width` ids
+  d3pm_nearest     a random walk on the line of ids, to the next id or the one before
 
-Kernels hold for one position (scalar tokens and alphas) and cost O(V); callers vmap them.
+Kernels hold for one position (scalar tokens and alphas); callers vmap them. They cost O(V), D3PM's reverse O(V^2).
 
 Three ways to read the network's x0 probabilities at an unmasked token z (at masks they agree):
 
@@ -22,13 +26,14 @@ Three ways to read the network's x0 probabilities at an unmasked token z (at mas
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from hdlm_jax.diffusion import chains
+from hdlm_jax.diffusion import chains, d3pm
 from hdlm_jax.diffusion.chains import READINGS, Chain, Shares
 from hdlm_jax.diffusion.fields import arguments, number, whole
 from hdlm_jax.errors import choose
@@ -47,6 +52,7 @@ class NoisingProcess(NamedTuple):
       reading: how a network of this process is read unless its loss says otherwise.
       readings: every reading that makes sense here.
       epsilon: share of shuffled tokens among the unmasked ones, 0 where they have no fixed share.
+      gamma: share of the uniform clock (absorb 0, uniform 1); None where the rates are not those of two clocks.
       frozen: whether an unmasked token of the reverse chain stays until its last step.
       log_odds: reading -> log of the factor by which p(x | z) exceeds the network's probability at x = z
         relative to every other x, at an unmasked token z and alpha < 1; inf where z is certainly clean. None
@@ -57,7 +63,7 @@ class NoisingProcess(NamedTuple):
       posterior: (zt, x0, alpha_t, alpha_s) -> [V] q(z_s | zt, x0), alpha_s >= alpha_t.
       reverse: (zt, x0_probs_N, alpha_t, alpha_s, reading="posterior") -> [V] the model's kernel
         sum_x p(x | zt) q(z_s | zt, x), p read from x0_probs; p itself at alpha_s = 1.
-      sample: (rng, x0, alpha) -> zt of x0's shape and dtype, for any shape; O(1) per position.
+      sample: (rng, x0, alpha) -> zt of x0's shape and dtype, for any shape; O(1) per position (D3PM: O(N)).
       prior: (rng, shape, alpha=0) -> int32 noise: q(z | x) at the noisiest alpha, x uniform.
     """
 
@@ -69,6 +75,7 @@ class NoisingProcess(NamedTuple):
     reading: str
     readings: tuple[str, ...]
     epsilon: float
+    gamma: float | None
     frozen: bool
     log_odds: Callable[[str], float] | None
     marginal: Callable[..., Array]
@@ -90,7 +97,7 @@ def absorb(num_tokens: int) -> NoisingProcess:
     """
     clock = lambda survival, lost: Shares(survival, jnp.zeros_like(lost), lost)
     log_odds = partial(_log_odds, num_tokens, 0.0)
-    return _process("absorb", chains.homogeneous(num_tokens, clock), "posterior", log_odds=log_odds)
+    return _process("absorb", chains.homogeneous(num_tokens, clock), "posterior", gamma=0.0, log_odds=log_odds)
 
 
 def uniform(num_tokens: int) -> NoisingProcess:
@@ -100,7 +107,7 @@ def uniform(num_tokens: int) -> NoisingProcess:
     [0.75, 0.25, 0.0]
     """
     clock = lambda survival, lost: Shares(survival, lost, jnp.zeros_like(lost))
-    return _process("uniform", chains.homogeneous(num_tokens, clock), "cavity", has_mask=False)
+    return _process("uniform", chains.homogeneous(num_tokens, clock), "cavity", has_mask=False, gamma=1.0)
 
 
 def gamma_hybrid(num_tokens: int, gamma: float) -> NoisingProcess:
@@ -121,7 +128,7 @@ def gamma_hybrid(num_tokens: int, gamma: float) -> NoisingProcess:
         return Shares(survival, unmasked * chains.power(survival, lost, gamma)[1], masked)
 
     log_odds = partial(_log_odds, num_tokens, 0.0) if gamma == 0 else None
-    return _process("gamma_hybrid", chains.homogeneous(num_tokens, clock), "cavity", log_odds=log_odds)
+    return _process("gamma_hybrid", chains.homogeneous(num_tokens, clock), "cavity", gamma=gamma, log_odds=log_odds)
 
 
 def epsilon_hybrid(num_tokens: int, epsilon: float) -> NoisingProcess:
@@ -160,11 +167,69 @@ def epsilon_hybrid(num_tokens: int, epsilon: float) -> NoisingProcess:
     )
 
 
+def gidd(num_tokens: int, uniform_share: float) -> NoisingProcess:
+    """GIDD's hybrid of masks and random tokens, in which a mask may also turn into a random token.
+
+    At alpha = 1 - t, t the time of its paper, a token is intact, random or masked with the odds 1 - t, g and t,
+    g = 2 p / (1 - p) sqrt(t (1 - t)). p = `uniform_share` is the share of random tokens at t = 1/2, its
+    maximum; alpha = 0 is all masks. uniform_share 0 is `absorb`.
+
+    Raises:
+      UserError: uniform_share outside [0, 1).
+
+    >>> gidd(num_tokens=2, uniform_share=0.5).marginal(0, 0.5).tolist()
+    [0.5, 0.25, 0.25]
+    >>> gidd(num_tokens=2, uniform_share=0.5).transition(2, 0.5, 0.2).round(3).tolist()
+    [0.111, 0.111, 0.778]
+    """
+    allowed = "a number in [0, 1)"
+    uniform_share = number("noising.uniform_share", uniform_share, allowed, lambda value: 0 <= value < 1)
+    log_odds = partial(_log_odds, num_tokens, 0.0) if uniform_share == 0 else None
+    return _process("gidd", chains.interpolating(num_tokens, uniform_share), "cavity", log_odds=log_odds)
+
+
+def d3pm_band(num_tokens: int, width: int) -> NoisingProcess:
+    """D3PM's banded process on a cycle: a token jumps at rate 1, to each of the 2 `width` ids next to it alike.
+
+    alpha is the probability of no jump, and sigma = -log alpha their mean number; alpha = 0 is the uniform law.
+    It takes about 0.5 (num_tokens / width)^2 jumps to get near that law, and alpha = 1e-4 is 9 of them: where the
+    band is narrower than a quarter of the tokens, small alphas still tell the neighbourhood of the token.
+
+    Raises:
+      UserError: fewer than 3 tokens, a width that is not below half of them.
+
+    >>> d3pm_band(num_tokens=5, width=1).marginal(0, 0.5).round(3).tolist()
+    [0.562, 0.184, 0.035, 0.035, 0.184, 0.0]
+    """
+    num_tokens = whole("noising.num_tokens", num_tokens, 3)
+    width = whole("noising.width", width, 1, (num_tokens - 1) // 2, "less than half the tokens")
+    return _process("d3pm_band", d3pm.Walk(num_tokens, width, reflects=False), "cavity", has_mask=False, laws=d3pm)
+
+
+def d3pm_nearest(num_tokens: int) -> NoisingProcess:
+    """D3PM's nearest-neighbour process: a token jumps at rate 1/2 to either neighbouring id, but not over the ends.
+
+    alpha = exp(-sigma) at the time sigma; alpha = 0 is the uniform law, which takes sigma of about
+    0.6 num_tokens^2 to get near to, so that small alphas still tell the neighbourhood of the token.
+
+    Raises:
+      UserError: fewer than 2 tokens.
+
+    >>> d3pm_nearest(num_tokens=3).marginal(0, 0.5).round(3).tolist()
+    [0.746, 0.215, 0.039, 0.0]
+    """
+    num_tokens = whole("noising.num_tokens", num_tokens, 2)
+    return _process("d3pm_nearest", d3pm.Walk(num_tokens, 1, reflects=True), "cavity", has_mask=False, laws=d3pm)
+
+
 PROCESSES: Mapping[str, Callable[..., NoisingProcess]] = {
     "absorb": absorb,
     "uniform": uniform,
     "gamma_hybrid": gamma_hybrid,
     "epsilon_hybrid": epsilon_hybrid,
+    "gidd": gidd,
+    "d3pm_band": d3pm_band,
+    "d3pm_nearest": d3pm_nearest,
 }
 
 
@@ -208,13 +273,16 @@ def unmasked_share(alpha: Array, alpha_max: float) -> Array:
 
 def _process(
     name: str,
-    chain: Chain,
+    chain: Chain | d3pm.Walk,
     reading: str,
     has_mask: bool = True,
     alpha_max: float = 1.0,
     epsilon: float = 0.0,
+    gamma: float | None = None,
     log_odds: Callable[[str], float] | None = None,
+    laws: ModuleType = chains,
 ) -> NoisingProcess:
+    """A process whose pure functions are those of the module `laws` for its `chain`."""
     N = whole("noising.num_tokens", chain.num_tokens, 1)
     return NoisingProcess(
         name=name,
@@ -225,15 +293,16 @@ def _process(
         reading=reading,
         readings=tuple(READINGS) if log_odds else ("posterior", "cavity"),
         epsilon=epsilon,
+        gamma=gamma,
         frozen=log_odds is not None,
         log_odds=log_odds,
-        marginal=partial(chains.marginal, chain),
-        transition=partial(chains.transition, chain),
-        likelihood=partial(chains.likelihood, chain),
-        posterior=partial(chains.posterior, chain),
-        reverse=partial(chains.reverse, chain),
-        sample=partial(chains.sample, chain),
-        prior=partial(chains.prior, chain),
+        marginal=partial(laws.marginal, chain),
+        transition=partial(laws.transition, chain),
+        likelihood=partial(laws.likelihood, chain),
+        posterior=partial(laws.posterior, chain),
+        reverse=partial(laws.reverse, chain),
+        sample=partial(laws.sample, chain),
+        prior=partial(laws.prior, chain),
     )
 
 

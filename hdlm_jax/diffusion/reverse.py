@@ -6,6 +6,8 @@ p = p(x | z) read from the network, p~ = (1 - epsilon) p + epsilon/N and pt = (a
 
   ancestral       the model's own reverse chain; absorb and epsilon: a mask becomes a token of p~ with
                   probability pt, an unmasked token stays
+  analytic        ancestral by its name for scores (SEDD's Tweedie step): absorb, uniform and gamma_hybrid
+  euler           the reverse rates of learned scores for the time between, to first order; last step analytic
   acs             masks as above; an unmasked token is drawn again from p~ with probability eta (1 - pt). For
                   every eta this keeps the epsilon-hybrid marginals exactly (Fathi et al. 2025 propose it
                   with p in place of p~, which drifts by O(epsilon))
@@ -13,6 +15,9 @@ p = p(x | z) read from the network, p~ = (1 - epsilon) p + epsilon/N and pt = (a
 
 The step to alpha_s = 1 is a position's last and exact: x ~ p, masked or not, without the smoothing; what is
 still wrong is repaired there. Temperature and other filters belong on the logits before the step.
+
+A network that learned concrete scores has a reading of diffusion/scores.py, which turns its logits to log-scores;
+filters of probabilities do not apply to them.
 """
 
 import math
@@ -24,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hdlm_jax.diffusion import scores
 from hdlm_jax.diffusion.categorical import categorical
 from hdlm_jax.diffusion.fields import arguments, number
 from hdlm_jax.diffusion.noising import NoisingProcess, to_posterior, unmasked_share
@@ -35,7 +41,8 @@ class ReverseStep(NamedTuple):
 
     Attributes:
       name: as in `sampler.kind`.
-      kernel: (zt, x0_probs_N, alpha_t, alpha_s) -> [V], the law of the next token of one position.
+      kernel: (zt, x0_probs_N, alpha_t, alpha_s) -> [V], the law of the next token of one position; for learned
+        scores (zt, logits_N, alpha_t, alpha_s), alpha_t > 0.
       step: (rng, zt_BxW, logits_BxWxN, alpha_t_BxW, alpha_s_BxW) -> zs_BxW, one draw of every position; any
         leading shape will do, and logits may have V columns (the mask's is left out).
     """
@@ -66,6 +73,8 @@ class Resampling(NamedTuple):
 def ancestral(process: NoisingProcess, reading: str | None = None) -> ReverseStep:
     """The model's own reverse chain, for every process. `reading` None is the process's own.
 
+    For learned scores this is the analytic step.
+
     Raises:
       UserError: a reading that the process does not know.
 
@@ -75,12 +84,38 @@ def ancestral(process: NoisingProcess, reading: str | None = None) -> ReverseSte
     >>> step(jax.random.key(0), zt_W, logits_WxN, jnp.zeros(2), jnp.ones(2)).tolist()
     [1, 0]
     """
+    if reading in scores.READINGS:
+        return _of_scores("ancestral", process, reading, scores.tweedie)
     reading = _reading(process, reading)
     kernel = partial(process.reverse, reading=reading)
     if not process.frozen:
         return ReverseStep("ancestral", kernel, partial(_table_step, kernel, process.num_tokens))
     rule = Resampling(process, 0.0, reading, process.epsilon, exact_last=True)
     return ReverseStep("ancestral", kernel, partial(_resampling_step, rule))
+
+
+def analytic(process: NoisingProcess, reading: str | None = None) -> ReverseStep:
+    """The exact step from scores, learned or of the x0 probabilities; for these it is `ancestral`.
+
+    Raises:
+      UserError: a process without scores, a reading that it does not know.
+    """
+    scores.clocks(process)
+    return ancestral(process, reading)._replace(name="analytic")
+
+
+def euler(process: NoisingProcess, reading: str | None = None) -> ReverseStep:
+    """The Euler step on learned scores; analytic in a position's last step, which ends in a clean token.
+
+    Raises:
+      UserError: a network that learned no scores, a process without them.
+    """
+    if reading not in scores.READINGS:
+        raise UserError(
+            "sampler.kind: got 'euler' for a network that predicts tokens; allowed: 'ancestral', or 'euler' after"
+            " training on scores (loss.kind 'score_entropy')"
+        )
+    return _of_scores("euler", process, reading, scores.euler)
 
 
 def acs(process: NoisingProcess, eta: float, reading: str | None = None) -> ReverseStep:
@@ -108,6 +143,8 @@ def acs_published(process: NoisingProcess, eta: float, reading: str | None = Non
 
 SAMPLERS: Mapping[str, Callable[..., ReverseStep]] = {
     "ancestral": ancestral,
+    "analytic": analytic,
+    "euler": euler,
     "acs": acs,
     "acs_published": acs_published,
 }
@@ -181,6 +218,34 @@ def _posterior_logits(rule: Resampling, zt: Array, logits: Array) -> Array:
 
 def _odds(rule: Resampling) -> float:
     return 0.0 if rule.reading is None else rule.process.log_odds(rule.reading)
+
+
+def _of_scores(name: str, process: NoisingProcess, reading: str, rule: Callable[..., Array]) -> ReverseStep:
+    kernel = partial(_score_table, scores.clocks(process), reading, rule)
+
+    def step(rng, zt, logits, alpha_t, alpha_s):
+        alpha_t, alpha_s = jnp.broadcast_to(alpha_t, zt.shape), jnp.broadcast_to(alpha_s, zt.shape)
+        return categorical(rng, jnp.log(kernel(zt, logits, alpha_t, alpha_s))).astype(zt.dtype)
+
+    return ReverseStep(name, kernel, step)
+
+
+def _score_table(
+    of: scores.Clocks,
+    reading: str,
+    rule: Callable[..., Array],
+    zt: Array,
+    logits: Array,
+    alpha_t: Array,
+    alpha_s: Array,
+) -> Array:
+    """The law of the next token [..., V] from a network's outputs [..., >= N]."""
+    zt, alpha_t, alpha_s = jnp.asarray(zt), jnp.asarray(alpha_t), jnp.asarray(alpha_s)
+    outputs = jnp.concatenate([logits[..., : of.num_tokens], jnp.zeros_like(logits[..., :1])], -1)
+    score = jnp.exp(scores.log_scores(of, outputs, zt, scores.noise_level(alpha_t), reading))
+    d, last = scores.elapsed(alpha_s, alpha_t), alpha_s >= 1
+    table = scores.tweedie(of, zt, score, d, last)
+    return table if rule is scores.tweedie else jnp.where(last[..., None], table, rule(of, zt, score, d))
 
 
 def _table_step(

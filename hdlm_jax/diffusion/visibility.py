@@ -23,13 +23,15 @@ from hdlm_jax.diffusion.noise_schedules import NoiseSchedule
 from hdlm_jax.errors import UserError
 
 
-def settled_sees(query, key):
-    """Among settled rows: causal.
+def settled_sees(query, key, group: int = 1):
+    """Among settled rows: causal; with `group` > 1 every group of so many rows, counted from row 0, sees itself whole.
 
-    >>> settled_sees(3, 3), settled_sees(3, 4)
-    (True, False)
+    Groups are what the published models call block-causal context; one as long as the text is full context.
+
+    >>> settled_sees(3, 3), settled_sees(3, 4), settled_sees(4, 5, group=2)
+    (True, False, True)
     """
-    return key <= query
+    return key // group <= query // group
 
 
 def active_sees_settled(start, key):
@@ -46,10 +48,11 @@ def active_sees_active(query_start, key_start):
     return query_start == key_start
 
 
-def one_text(query, key, start, stop):
+def one_text(query, key, start, stop, group: int = 1):
     """The plain layout: row `query` sees row `key` when the window is [start, stop).
 
-    For a shifted model pass stop + 1, so that the trailing row counts as part of the window.
+    For a shifted model pass stop + 1, so that the trailing row counts as part of the window. `group` is that of
+    `settled_sees`.
 
     >>> import numpy as np
     >>> r = np.arange(5)
@@ -60,7 +63,7 @@ def one_text(query, key, start, stop):
            [1, 1, 1, 1, 0],
            [0, 0, 0, 0, 1]])
     """
-    settled = (query < start) & settled_sees(query, key)
+    settled = (query < start) & (key < start) & settled_sees(query, key, group)
     active = (query >= start) & (query < stop) & (key < stop)
     return settled | active | (query == key)
 

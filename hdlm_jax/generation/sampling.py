@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hdlm_jax.data.tokenizers import Tokenizer
-from hdlm_jax.diffusion import visibility
+from hdlm_jax.diffusion import scores, visibility
 from hdlm_jax.diffusion.categorical import filter_logits
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
 from hdlm_jax.errors import UserError, require
@@ -86,11 +86,15 @@ def draw(
 def _chain(parts: Parts, hs: Hyperschedule, sampler: tuple) -> loop.Chain:
     s = ConfigDict(dict(sampler))
     corrects = s.kind in ("acs", "acs_published") and s.eta > 0
-    if corrects and parts.loss.name == "epsilon_nelbo" and not s.untrained_correction:
+    if corrects and parts.loss.name in ("epsilon_nelbo", "nelbo") and not s.untrained_correction:
         raise UserError(
-            f"sampler.eta: got {s.eta} for a run trained on epsilon_nelbo, which shows the network tokens only at 0+;"
-            " allowed: 0, or sampler.untrained_correction=true"
+            f"sampler.eta: got {s.eta} for a run trained on {parts.loss.name}, which shows the network tokens only at"
+            " 0+; allowed: 0, or sampler.untrained_correction=true"
         )
+    if parts.loss.reading in scores.READINGS:
+        for name, off in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)):
+            allowed = f"{off}: this network learned scores, which are rates and no probabilities of tokens"
+            require(s[name] == off, f"sampler.{name}", s[name], allowed)
     reverse = build_reverse(s, parts.process, parts.loss.reading)
     shape = functools.partial(filter_logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
     return loop.Chain(parts.model, hs, parts.schedule, parts.process, reverse, shape)
@@ -98,6 +102,6 @@ def _chain(parts: Parts, hs: Hyperschedule, sampler: tuple) -> loop.Chain:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(chain: loop.Chain, longest_prompt: int, record: bool, params, rng_B, x_BxL, origin_B):
-    if chain.config.visibility == "full":
+    if chain.config.visibility == "full" or chain.config.context_group > 1:  # settled rows change: nothing to cache
         return loop.recomputed(chain, params, rng_B, x_BxL, origin_B, record)
     return loop.cached(chain, params, rng_B, x_BxL, origin_B, longest_prompt, record)

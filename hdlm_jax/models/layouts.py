@@ -67,7 +67,11 @@ def plain(config: TransformerConfig, zt_BxL: Array, phase: Phase, trailing: bool
     else:
         start_B, stop_B = phase.start[:, 0], phase.stop[:, 0] + extra
         visible = visibility.one_text(
-            row_R[None, :, None], row_R[None, None, :], start_B[:, None, None], stop_B[:, None, None]
+            row_R[None, :, None],
+            row_R[None, None, :],
+            start_B[:, None, None],
+            stop_B[:, None, None],
+            config.context_group,
         )
         attention = dense(visible)
     return Rows(
@@ -122,7 +126,7 @@ def whole_window(config: TransformerConfig, x_BxL: Array) -> Rows:
     """The plain layout with the whole text as one window: every row sees every row."""
     B, L = x_BxL.shape
     zero, one = jnp.zeros((B, L), jnp.int32), jnp.ones((B, L))
-    return plain(config, x_BxL, Phase(one, one, one, one, zero, zero + L))
+    return plain(config, x_BxL, Phase(one, one, one, one, zero, zero + L, one))
 
 
 def causal(config: TransformerConfig, x0_BxL: Array) -> Rows:

@@ -8,17 +8,23 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from hdlm_jax.config import block_fields
-from hdlm_jax.diffusion import hyperschedules, losses, noise_schedules, noising, reverse
+from hdlm_jax.diffusion import bounds, hyperschedules, losses, noise_schedules, noising, phases, reverse, scores
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
 from hdlm_jax.diffusion.losses import Loss
 from hdlm_jax.diffusion.noise_schedules import NoiseSchedule
 from hdlm_jax.diffusion.noising import NoisingProcess
 from hdlm_jax.diffusion.reverse import ReverseStep
-from hdlm_jax.errors import UserError, require
+from hdlm_jax.errors import UserError, choose, require
 from hdlm_jax.models.transformer import TransformerConfig
+
+# How passes draw their noise, each without bias: times independent of each other; stratified over the batch (and
+# over each text); stratified, and evaluated by pairs of passes with complementary masks; exactly l of a text's L
+# tokens masked, l stratified; and the best of them for the experiment.
+VARIANCES = ("auto", "independent", "stratified", "antithetic", "counts")
 
 
 class Parts(NamedTuple):
@@ -31,12 +37,14 @@ class Parts(NamedTuple):
       process: the noising process.
       loss: the training loss.
       layout: 'continuous' (flat: one noise fraction per text), 'tiled' (clean and noised copy, every
-        position trained) or 'plain' (one generation step per text).
+        position trained) or 'plain' (one generation step per text; flat where the process has no closed form for
+        continuous times).
       noise_range: noise fractions drawn in training.
       origin_share: share of texts with a random origin in training.
       context_weight: weight of next-token cross-entropy on the clean copy (shifted, tiled).
-      reconstruction_share: share of texts at 0+ in training on the epsilon bound, continuous layout.
+      reconstruction_share: share of texts at 0+ in training on a bound with a reconstruction term, continuous layout.
       rows_per_chunk: rows whose scores exist at a time.
+      variance: how noise is drawn, a name in `VARIANCES`.
     """
 
     model: TransformerConfig
@@ -50,6 +58,7 @@ class Parts(NamedTuple):
     context_weight: float
     reconstruction_share: float
     rows_per_chunk: int
+    variance: str
 
 
 def build(config: ConfigDict, num_tokens: int, bos_id: int | None) -> Parts:
@@ -66,9 +75,13 @@ def build(config: ConfigDict, num_tokens: int, bos_id: int | None) -> Parts:
     schedule = noise_schedules.build(kind, **fields)
     kind, fields = block_fields(config.noising)
     process = noising.build(kind, num_tokens, **fields)
-    weights = (config.loss.token_weight, config.loss.inverse_survival, config.sampler.eta)
-    loss = losses.build(config.loss.kind, process, *weights)
-    layout = choose_layout(model, hs)
+    layout = choose_layout(model, hs, process)
+    weights = (config.loss.token_weight, config.loss.inverse_survival, config.sampler.eta, config.loss.reading)
+    settled = config.loss.settled_weight
+    completes = reconstructs(layout, schedule, process)
+    loss = losses.build(config.loss.kind, process, *weights, layout == "continuous", settled, completes)
+    _check_settled(settled, layout, model)
+    _check_scores(loss, schedule, process, model)
     steps = loss.name != "acs_nelbo" or layout != "continuous"
     require(steps, "loss.kind", loss.name, "another loss for flat (corrections are a bound over discrete steps only)")
     context = config.loss.context_weight
@@ -91,7 +104,7 @@ def build(config: ConfigDict, num_tokens: int, bos_id: int | None) -> Parts:
         config.loss.rows_per_chunk,
         "a positive integer",
     )
-    return Parts(
+    made = Parts(
         model=model,
         hs=hs,
         schedule=schedule,
@@ -101,9 +114,12 @@ def build(config: ConfigDict, num_tokens: int, bos_id: int | None) -> Parts:
         noise_range=noise_range,
         origin_share=origin if model.visibility == "prefix" else 0.0,
         context_weight=context,
-        reconstruction_share=share if loss.name == "epsilon_nelbo" and layout == "continuous" else 0.0,
+        reconstruction_share=share if loss.is_bound and completes else 0.0,
         rows_per_chunk=config.loss.rows_per_chunk,
+        variance=choose("loss.variance", config.loss.variance, dict(zip(VARIANCES, VARIANCES, strict=True))),
     )
+    _check_variance(made)
+    return made
 
 
 def _check_model(model: TransformerConfig) -> None:
@@ -114,6 +130,49 @@ def _check_model(model: TransformerConfig) -> None:
     require(seen, "model.interpolation", drift, "0 for a network that does not see the noise level (conditioning 0)")
     wide = model.dtype != "float64" or jax.config.jax_enable_x64
     require(wide, "model.dtype", model.dtype, "'float32', 'bfloat16' ('float64' needs JAX_ENABLE_X64=1)")
+
+
+def counts_masks(parts: Parts) -> bool:
+    """Whether the bound depends on the number of masks in a text, and not on its time beside."""
+    with jax.ensure_compile_time_eval():
+        ends = phases.least_noise(parts.schedule, parts.process.alpha_max), parts.schedule.alpha(jnp.ones(()))
+        whole = float(ends[0]) >= parts.process.alpha_max and float(ends[1]) == 0
+    timeless = parts.model.conditioning == 0 and parts.loss.reading not in scores.READINGS
+    return parts.layout == "continuous" and parts.process.frozen and timeless and whole
+
+
+def _check_variance(made: Parts) -> None:
+    kind, flat = made.variance, made.layout == "continuous" and made.process.frozen
+    allowed = "'auto', 'stratified' or 'independent'"
+    only = f"{allowed} (pairs are of flat masks: hyperschedule.kind 'flat', model.visibility 'full', absorb or epsilon)"
+    require(kind != "antithetic" or flat, "loss.variance", kind, only)
+    reason = (
+        "(counts are of flat masks, for a schedule from 1 to 0, model.conditioning 0, a loss that is a bound and the"
+        " whole loss.noise_range)"
+    )
+    exact = kind != "counts" or (counts_masks(made) and made.loss.is_bound and made.noise_range == (0, 1))
+    require(exact, "loss.variance", kind, f"{allowed} {reason}")
+
+
+def _check_settled(weight: float, layout: str, model: TransformerConfig) -> None:
+    """Settled rows stand beside active ones in the plain layout of a `prefix` model only."""
+    shown = weight == 0 or (layout == "plain" and model.visibility == "prefix")
+    tiled = "the tiled layout predicts no settled rows; loss.context_weight is their weight for a shifted model"
+    reason = tiled if layout == "tiled" else "no row is settled before flat ends"
+    require(shown, "loss.settled_weight", weight, f"0: {reason}")
+
+
+def _check_scores(loss: Loss, schedule: NoiseSchedule, process: NoisingProcess, model: TransformerConfig) -> None:
+    """Scores are finite where some text survives; those at tokens depend on the noise level by more than a factor."""
+    if loss.reading not in scores.READINGS:
+        return
+    with jax.ensure_compile_time_eval():
+        some = float(schedule.alpha(jnp.ones(()))) > 0
+    allowed = f"one with survival left at u = 1, as linear with eps 1e-3 ({loss.name}: pure noise has no scores)"
+    require(some, "noise_schedule", schedule.name, allowed)
+    seen = model.conditioning > 0 or process.gamma == 0
+    allowed = f"a positive width ({loss.name} with noising.kind {process.name!r}: scores of tokens depend on the noise)"
+    require(seen, "model.conditioning", model.conditioning, allowed)
 
 
 def build_hyperschedule(config: ConfigDict, length: int) -> Hyperschedule:
@@ -130,7 +189,13 @@ def build_reverse(sampler: ConfigDict, process: NoisingProcess, reading: str) ->
     return reverse.build(sampler.kind, process, reading=reading, **dials)
 
 
-def choose_layout(model: TransformerConfig, hs: Hyperschedule) -> str:
+def reconstructs(layout: str, schedule: NoiseSchedule, process: NoisingProcess) -> bool:
+    """Whether the bound has a reconstruction term beside its integral: noise at 0+ in continuous times."""
+    with jax.ensure_compile_time_eval():
+        return layout == "continuous" and float(phases.least_noise(schedule, process.alpha_max)) < 1
+
+
+def choose_layout(model: TransformerConfig, hs: Hyperschedule, process: NoisingProcess) -> str:
     """How a batch is laid out in training and evaluation.
 
     Raises:
@@ -142,5 +207,5 @@ def choose_layout(model: TransformerConfig, hs: Hyperschedule) -> str:
                 f"hyperschedule.kind: got {hs.kind!r} with model.visibility 'full'; allowed: 'flat' (train flat, then"
                 " sample under any order), or model.visibility 'prefix'"
             )
-        return "continuous"
-    return "tiled" if hs.period is not None else "plain"
+        return "continuous" if process.name in bounds.CONTINUOUS else "plain"
+    return "tiled" if hs.period is not None and model.context_group == 1 else "plain"

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hdlm_jax.diffusion import phases, visibility
+from hdlm_jax.diffusion import noising, phases, visibility
 from hdlm_jax.diffusion.losses import cross_entropy
 from hdlm_jax.diffusion.phases import Phase
 from hdlm_jax.models import layouts
 from hdlm_jax.models.layouts import Rows
-from hdlm_jax.models.parts import Parts
+from hdlm_jax.models.parts import Parts, counts_masks
 from hdlm_jax.models.transformer import forward, logits
 
 
@@ -28,24 +28,84 @@ class Noised(NamedTuple):
     phase: Phase
 
 
-def noise(parts: Parts, rng: Array, x0_BxL: Array, training: bool = True) -> Noised:
-    """Draws phases, origins and noise; in evaluation the whole noise range, and every text from its start."""
+def noise(parts: Parts, rng: Array, x0_BxL: Array, training: bool = True, mirrored: bool = False) -> Noised:
+    """Draws phases, origins and noise; in evaluation the whole noise range, and every text from its start.
+
+    Args:
+      mirrored: the other pass of the 'antithetic' pair that `rng` stands for.
+    """
     B, L = x0_BxL.shape
     phase_rng, origin_rng, noise_rng = jax.random.split(rng, 3)
-    low, high = parts.noise_range if training else (0.0, 1.0)
-    alpha_max = parts.process.alpha_max
+    noise_range = parts.noise_range if training else (0.0, 1.0)
+    alpha_max, variance = parts.process.alpha_max, variance_of(parts, training)
     if parts.layout == "continuous":
-        u_B = phases.stratified(phase_rng, B)
+        u_B = phases.uniforms(phase_rng, B, variance)
+        u_B = 1 - u_B if mirrored else u_B
         share = parts.reconstruction_share if training else 0.0
-        phase = phases.continuous(u_B, L, parts.schedule, alpha_max, share, (low, high))
+        if variance == "counts":
+            phase, masks_B = phases.counted(u_B, L, alpha_max, share)
+            return Noised(_exactly(parts, noise_rng, x0_BxL, masks_B), phase)
+        phase = phases.continuous(u_B, L, parts.schedule, alpha_max, share, noise_range)
+        if variance == "antithetic" and not training:
+            return Noised(_either(parts, noise_rng, x0_BxL, phase.alpha_t, mirrored), phase)
     else:
         origin_B = _origins(origin_rng, B, L, parts.origin_share if training else 0.0)
+        law = parts.hs, parts.schedule, alpha_max
         if parts.layout == "tiled":
-            phase = phases.tiled(phase_rng, origin_B, parts.hs, parts.schedule, alpha_max, (low, high))
+            phase = phases.tiled(phase_rng, origin_B, *law, noise_range, variance)
         else:
-            step_B = jnp.floor(phases.stratified(phase_rng, B) * parts.hs.num_steps).astype(jnp.int32)
-            phase = phases.at_step(step_B, origin_B, L, parts.hs, parts.schedule, alpha_max)
+            u_B = phases.uniforms(phase_rng, B, variance)
+            step_B = jnp.floor(u_B * parts.hs.num_steps).astype(jnp.int32)
+            phase = phases.at_step(step_B, origin_B, L, *law)
     return Noised(parts.process.sample(noise_rng, x0_BxL, phase.alpha_t), phase)
+
+
+def variance_of(parts: Parts, training: bool) -> str:
+    """How the noise of a pass is drawn: `parts.variance`, 'auto' resolved.
+
+    'auto' is 'counts' where that is exact: noise of masks in continuous times from 1 to 0, a network that does not
+    see the noise level, and, in training, a bound over all of them; else 'stratified'.
+    """
+    bound = not training or (parts.loss.is_bound and parts.noise_range == (0, 1))
+    if parts.variance == "auto":
+        return "counts" if bound and counts_masks(parts) else "stratified"
+    return parts.variance
+
+
+def _exactly(parts: Parts, rng: Array, x0_BxL: Array, masks_B: Array) -> Array:
+    """Masks at exactly so many positions of each text, any of them with equal chance."""
+    order_rng, token_rng = jax.random.split(rng)
+    order_BxL = jax.random.uniform(order_rng, x0_BxL.shape)
+    rank_BxL = jnp.argsort(jnp.argsort(order_BxL, axis=1), axis=1)
+    return _with_masks(parts, token_rng, x0_BxL, rank_BxL < masks_B[:, None])
+
+
+def _either(parts: Parts, rng: Array, x0_BxL: Array, alpha_BxL: Array, mirrored: bool) -> Array:
+    """Masks where a uniform, or 1 minus it, exceeds the share of unmasked tokens."""
+    mask_rng, token_rng = jax.random.split(rng)
+    u_BxL = jax.random.uniform(mask_rng, x0_BxL.shape)
+    unmasked = noising.unmasked_share(alpha_BxL, parts.process.alpha_max)
+    return _with_masks(parts, token_rng, x0_BxL, (1 - u_BxL if mirrored else u_BxL) >= unmasked)
+
+
+def _with_masks(parts: Parts, rng: Array, x0_BxL: Array, masked_BxL: Array) -> Array:
+    tokens = parts.process.sample(rng, x0_BxL, jnp.full(x0_BxL.shape, parts.process.alpha_max))
+    return jnp.where(masked_BxL, parts.process.mask, tokens)
+
+
+def num_passes(parts: Parts) -> int:
+    """How many passes show every step of the hyperschedule once: its period where tiled, its steps where plain."""
+    return parts.hs.period if parts.layout == "tiled" else parts.hs.num_steps
+
+
+def numbered(parts: Parts, number: Array, shape: tuple[int, int]) -> Phase:
+    """The phase of pass 0..num_passes-1 over [B, L] texts, each from its start; their mean is the whole bound."""
+    B, L = shape
+    origin_B = jnp.zeros(B, jnp.int32)
+    law = parts.hs, parts.schedule, parts.process.alpha_max
+    if parts.layout == "tiled":
+        return phases.at_phase(jnp.broadcast_to(number, (B, 2 * parts.hs.num_groups)), origin_B, *law)
+    return phases.at_step(jnp.broadcast_to(number, (B,)), origin_B, L, *law)
 
 
 def at_zero_plus(parts: Parts, rng: Array, x0_BxL: Array) -> Noised:
@@ -53,10 +113,7 @@ def at_zero_plus(parts: Parts, rng: Array, x0_BxL: Array) -> Noised:
 
     With the passes of `noise` it completes the bound for continuous times, where alpha at 0+ is below 1.
     """
-    B, L = x0_BxL.shape
-    least = jnp.minimum(parts.schedule.alpha(jnp.zeros((B, L))), parts.process.alpha_max)
-    one, zero = jnp.ones((B, L)), jnp.zeros((B, L))
-    phase = Phase(least, one, zero, one, jnp.zeros((B, L), jnp.int32), jnp.full((B, L), L, jnp.int32))
+    phase = phases.at_zero_plus(x0_BxL.shape, parts.schedule, parts.process.alpha_max)
     return Noised(parts.process.sample(rng, x0_BxL, phase.alpha_t), phase)
 
 

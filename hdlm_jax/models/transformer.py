@@ -39,6 +39,7 @@ class TransformerConfig:
     prediction: str = "aligned"  # 'aligned' | 'shifted'
     visibility: str = "full"  # 'full' | 'prefix'
     context: str = "causal"  # attention among settled rows
+    context_group: int = 1  # ... by groups of so many rows, each seen whole by its own
     bos_id: int | None = None  # token before position 0 of a shifted model
     conditioning: int = 0  # C; 0: the network does not see the noise level
     interpolation: float = 0.0  # gamma of the embedding's drift to the mask, e^{-gamma sigma}
@@ -56,6 +57,7 @@ class TransformerConfig:
             "heads",
             "mlp_ratio",
             "vocabulary_multiple",
+            "context_group",
         ):
             require(getattr(self, field) >= 1, f"model.{field}", getattr(self, field), "a positive integer")
         require(
@@ -99,11 +101,23 @@ CHOICES = {
 }
 
 
-def rotary_angles(positions_BxR: Array, head_size: int, base: float, dtype: Any) -> tuple[Array, Array]:
-    """cos and sin, each [B, 1, R, D/2], of position / base^(2 j / D)."""
-    frequencies = base ** (-jnp.arange(0, head_size, 2, dtype=dtype) / head_size)
+def rotary_angles(config: TransformerConfig, positions_BxR: Array, dtype: Any) -> tuple[Array, Array]:
+    """cos and sin, each [B, 1, R, Dh/2], of position / base^(2 j / Dh)."""
+    frequencies = config.rotary_base ** (-jnp.arange(0, config.head_size, 2, dtype=dtype) / config.head_size)
     angles = positions_BxR[:, None, :, None].astype(dtype) * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotary_rows(config: TransformerConfig, params: dict, length: int, positions_BxR: Array) -> tuple[Array, Array]:
+    """`rotary_angles` of positions in -1..length-1, read from a constant table (others take the nearest).
+
+    Where the angles follow from other numbers, XLA's CPU compiler computes cosines anew in every block.
+    """
+    dtype = jnp.promote_types(_activation_dtype(config, params["embedding"]), jnp.float32)
+    with jax.ensure_compile_time_eval():
+        table = rotary_angles(config, jnp.arange(-1, length)[None], dtype)
+    place_BxR = jnp.clip(positions_BxR, -1, length - 1) + 1
+    return tuple(x[0, 0][place_BxR][:, None] for x in table)
 
 
 def rotate(x_BxHxRxD: Array, cos: Array, sin: Array) -> Array:
@@ -211,13 +225,10 @@ class Transformer(nn.Module):
             self.sigma_in = nn.Dense(c.conditioning)
             self.sigma_out = nn.Dense(c.conditioning)
 
-    def enter(self, tokens_BxR: Array, positions_BxR: Array, sigma_BxR: Array | None):
-        """What the blocks need: input rows, rotary tables, noise-level features (or None)."""
-        c = self.config
+    def enter(self, tokens_BxR: Array, sigma_BxR: Array | None):
+        """What the blocks need: input rows and noise-level features (or None)."""
         x_BxRxD = self.embed(tokens_BxR, sigma_BxR)
-        wide = jnp.promote_types(x_BxRxD.dtype, jnp.float32)
-        rotary = rotary_angles(positions_BxR, c.head_size, c.rotary_base, wide)
-        return x_BxRxD, rotary, nn.silu(self.condition(sigma_BxR)) if c.conditioning else None
+        return x_BxRxD, nn.silu(self.condition(sigma_BxR)) if self.config.conditioning else None
 
     @nn.compact
     def blocks(self, x_BxRxD, rotary, condition, attention, past, rngs, return_kv):
@@ -273,6 +284,7 @@ def forward(
     attention: Attention,
     *,
     sigma_BxR: Array | None = None,
+    rotary: tuple[Array, Array] | None = None,
     past: KV | tuple[KV, ...] | None = None,
     dropout_rng: Array | None = None,
     return_kv: bool = False,
@@ -286,6 +298,7 @@ def forward(
       positions_BxR: int32, rotary positions (a shifted model's BOS stands at -1).
       attention: who sees whom (models/attention.py).
       sigma_BxR: float, noise level of the token each row holds; needed iff the network is conditioned.
+      rotary: `rotary_angles` of the positions, where a loop has them at hand.
       past: keys and values of earlier calls, [blocks, B, H, S, D] each (a tuple of [B, H, S, D] per
         block for `unstacked` parameters).
       dropout_rng: PRNG key; None switches dropout off.
@@ -295,7 +308,9 @@ def forward(
       hidden rows [B, R, D] after the last norm, and the keys and values or None.
     """
     model, variables = Transformer(config), {"params": params}
-    x_BxRxD, rotary, condition = model.apply(variables, tokens_BxR, positions_BxR, sigma_BxR, method="enter")
+    x_BxRxD, condition = model.apply(variables, tokens_BxR, sigma_BxR, method="enter")
+    if rotary is None:
+        rotary = rotary_angles(config, positions_BxR, jnp.promote_types(x_BxRxD.dtype, jnp.float32))
     rngs = None
     if dropout_rng is not None and config.dropout > 0:
         rngs = jax.random.split(dropout_rng, config.blocks)
@@ -339,8 +354,9 @@ def init(config: TransformerConfig, rng: Array) -> dict:
     """
 
     def everything(model, tokens, sigma):
-        rows = model.enter(tokens, tokens, sigma)
-        x, _ = model.blocks(*rows, dense(), None, None, False)
+        x, condition = model.enter(tokens, sigma)
+        rotary = rotary_angles(config, tokens, x.dtype)
+        x, _ = model.blocks(x, rotary, condition, dense(), None, None, False)
         return model.scores(model.leave(x))
 
     tokens, sigma = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1))

@@ -2,9 +2,18 @@
 
   hdlm evaluate --run runs/quickstart
   hdlm evaluate --run runs/quickstart --text book.txt --draws 8 --json
+  hdlm evaluate --run runs/quickstart --exact
+  hdlm evaluate --run runs/quickstart --eta 0.25
 
 Prints an upper bound of -log p: bits per byte, nats per token and perplexity, with a standard error from
-the draws of noise, the hyperschedule it is a bound of, and the unigram byte model of the same split.
+the draws of noise, the hyperschedule it is a bound of, its terms (prior, diffusion, correction, reconstruction),
+and the unigram byte model of the same split.
+
+By default each draw shows every window at drawn steps or times. With --exact it shows every step of the
+hyperschedule once, so that no step is drawn; noise still is, unless there is none (one level, as in quenched
+autoregression: the error is then 0) or a window has at most 4096 noised texts, which are then all taken. Flat at
+continuous times has no steps to enumerate. With --eta the bound is that of the chain which adaptive correction
+runs at that strength; flat is then taken in sampler.steps steps.
 """
 
 import json
@@ -21,6 +30,8 @@ def add_arguments(parser):
     parser.add_argument("--windows", type=int, default=0, help="only the first so many windows (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--weights", default="ema", help="'ema' (default) or 'raw'")
+    parser.add_argument("--exact", action="store_true", help="take every step once instead of drawing steps")
+    parser.add_argument("--eta", type=float, help="bound the chain of adaptive correction at this strength, in [0, 1]")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -33,16 +44,18 @@ def run(args) -> int:
     require(0 <= args.seed < 2**32, "--seed", args.seed, f"a whole number from 0 to {2**32 - 1}")
     require(args.batch >= 1, "--batch", args.batch, "a positive integer")
     model = lm.load(args.folder, args.weights)
+    chain = {"eta": args.eta, "exact": args.exact}
     if args.text is not None:
-        bound, unigram = model.perplexity(Path(args.text), args.draws, args.seed, args.batch), None
+        bound, unigram = model.perplexity(Path(args.text), args.draws, args.seed, args.batch, **chain), None
     else:
-        bound, unigram = model.held_out(Path(args.folder), args.draws, args.seed, args.batch, args.windows)
+        bound, unigram = model.held_out(Path(args.folder), args.draws, args.seed, args.batch, args.windows, **chain)
     if args.json:
         print(json.dumps({**bound.to_json(), "unigram_bits_per_byte": unigram, "step": model.step}, indent=2))
         return 0
     print(f"{args.text or 'held-out split'} at step {model.step}, weights {args.weights}")
     print(bound)
-    print("  terms (nats/token): " + ", ".join(f"{name} {x:.4f}" for name, x in bound.terms.items()))
+    terms = (f"{name} {x:.4f} +- {bound.errors[name]:.4f}" for name, x in bound.terms.items())
+    print("  terms (nats/token): " + ", ".join(terms))
     if unigram is not None:
         print(f"unigram byte model of the same split: {unigram:.4f} bits/byte ({unigram - bound.bits_per_byte:+.4f})")
     return 0

@@ -22,7 +22,7 @@ def test_terms_are_the_kl_between_the_chains_kernels(eta, alpha_t, alpha_s):
         full = lambda value: jnp.full(len(zt), value)
         transfer = (alpha_s - alpha_t) / (1 - alpha_t)
         last = steps if alpha_s == 1 else 0.0
-        phase = Phase(full(alpha_t), full(alpha_s), full(steps * transfer), full(last), zt, zt)
+        phase = Phase(full(alpha_t), full(alpha_s), full(steps * transfer), full(last), zt, zt, full(steps))
         terms = losses.acs_nelbo(process, eta).terms(scores, x0, zt, phase)
 
         model = jax.vmap(lambda z, p: reverse.acs(process, eta, "cavity").kernel(z, p, alpha_t, alpha_s))
@@ -36,7 +36,7 @@ def test_without_correction_it_is_the_epsilon_bound():
     scores = jax.random.normal(jax.random.key(1), (6, N + 1)).at[:, N].set(-jnp.inf)
     zt, x0 = jnp.arange(6), jnp.array([0, 0, 2, 1, 3, 4])
     fill = lambda *values: jnp.array(values * 3)
-    phase = Phase(fill(0.3, 0.8), fill(0.5, 1.0), fill(2.0, 7.0), fill(0.0, 7.0), zt, zt)
+    phase = Phase(fill(0.3, 0.8), fill(0.5, 1.0), fill(2.0, 7.0), fill(0.0, 7.0), zt, zt, fill(7.0, 7.0))
     ours, theirs = (
         loss.terms(scores, x0, zt, phase) for loss in (losses.acs_nelbo(process, 0.0), losses.epsilon_nelbo(process))
     )

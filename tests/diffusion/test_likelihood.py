@@ -17,6 +17,8 @@ PROCESSES = {
     "absorb": (lambda: noising.absorb(N), oracle.Absorb(N)),
     "epsilon": (lambda: noising.epsilon_hybrid(N, 0.3), oracle.Epsilon(N, 0.3)),
     "gamma": (lambda: noising.gamma_hybrid(N, 0.3), oracle.Gamma(N, 0.3)),
+    "uniform": (lambda: noising.uniform(N), oracle.Uniform(N)),
+    "gidd": (lambda: noising.gidd(N, 0.3), oracle.gidd_hybrid(N, 0.3)),
 }
 TABLE = [[3, 3, 3], [1, 3, 3], [1, 2, 3], [0, 2, 1], [0, 0, 0]]  # waits and skips, right before middle
 CASES = [
@@ -27,6 +29,8 @@ CASES = [
     ("epsilon", hyperschedules.block(L, 2, 1).with_prompt(1), GEOMETRIC),
     ("epsilon", hyperschedules.from_levels(TABLE), LINEAR),
     ("gamma", hyperschedules.block(L, 2, 1), LINEAR),
+    ("uniform", hyperschedules.slide(L, 2, 1), GEOMETRIC),
+    ("gidd", hyperschedules.slide(L, 2, 1), LINEAR),
 ]
 IDS = [f"{process}-{hs.kind}-{schedule.name.split('(')[0]}" for process, hs, schedule in CASES]
 FIRST = (0, 2, 4, 5)  # of CASES, in the first tier
@@ -40,15 +44,18 @@ def chain_of(process, hs, schedule, reading="posterior"):
 def times_of(chain):
     """The oracle's time of every level."""
     fraction = np.arange(chain.hs.tau_max + 1) / chain.hs.tau_max
+    alpha = np.asarray(chain.schedule.alpha(jnp.asarray(fraction)))
     with np.errstate(divide="ignore"):
-        times = 0.0 - np.log(np.asarray(chain.schedule.alpha(jnp.asarray(fraction))))
+        times = 1 - alpha if chain.process.name == "gidd" else 0.0 - np.log(alpha)
     times[0] = 0.0
     return times
 
 
 def network(chain, their_denoiser, levels):
     """Ours from theirs: their probabilities at every step, looked up by the noised text."""
-    tables = np.stack([their_denoiser(times_of(chain)[level_L]) for level_L in levels[:-1]])
+    tables = [their_denoiser(times_of(chain)[level_L]) for level_L in levels[:-1]]
+    no_mask = [(0, N + 1 - tables[0].shape[0])] * L + [(0, 0)] * 2  # uniform has no text with a mask in it
+    tables = np.stack([np.pad(table, no_mask, constant_values=1 / N) for table in tables])
     place_V = (N + 1) ** np.arange(L - 1, -1, -1)
 
     def denoiser(step, zt_BxL):

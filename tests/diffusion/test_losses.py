@@ -16,13 +16,29 @@ from tests.oracle import hdlm_oracle as oracle
 
 N, EPSILON = 5, 0.2
 ABSORB, HYBRID = noising.absorb(N), noising.epsilon_hybrid(N, EPSILON)
-CHAINS = {"absorb": oracle.Absorb(N), "epsilon_hybrid": oracle.Epsilon(N, EPSILON)}
+UNIFORM, GAMMA, GIDD = noising.uniform(N), noising.gamma_hybrid(N, 0.3), noising.gidd(N, 0.2)
+CHAINS = {
+    "absorb": oracle.Absorb(N),
+    "epsilon_hybrid": oracle.Epsilon(N, EPSILON),
+    "uniform": oracle.Uniform(N),
+    "gamma_hybrid": oracle.Gamma(N, 0.3),
+    "gidd": oracle.gidd_hybrid(N, 0.2),
+}
+TRAINED = {  # a process for each loss of predictions of x0
+    "hybrid_cross_entropy": HYBRID,
+    "epsilon_nelbo": HYBRID,
+    "acs_nelbo": HYBRID,
+    "absorb_nelbo": ABSORB,
+    "nelbo": GAMMA,
+}
 FLOATS = {"float32": 2e-5, "float64": 1e-11}
 REFERENCE = Path(__file__).parents[1] / "reference" / "losses.npz"
 
 
 def time_of(process, alpha):
     """The oracle's time at a survival."""
+    if process is GIDD:
+        return 1 - alpha
     if alpha == 1:
         return 0.0
     if alpha >= process.alpha_max:
@@ -65,8 +81,12 @@ def exact_divergences(process, reading, zt, x0, alpha_t, alpha_s, probs):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("process", "reading"),
-    [(ABSORB, "posterior"), (HYBRID, "posterior"), (HYBRID, "cavity"), (HYBRID, "hybrid")],
-    ids=["absorb", "epsilon-posterior", "epsilon-cavity", "epsilon-hybrid"],
+    [
+        (ABSORB, "posterior"),
+        *((HYBRID, reading) for reading in ("posterior", "cavity", "hybrid")),
+        *((process, reading) for process in (UNIFORM, GAMMA, GIDD) for reading in ("posterior", "cavity")),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.name,
 )
 def test_bounds_are_the_divergence_of_every_discrete_step(process, reading, dtype):
     rng = np.random.default_rng(3)
@@ -75,34 +95,45 @@ def test_bounds_are_the_divergence_of_every_discrete_step(process, reading, dtyp
     with jax.enable_x64(dtype == "float64"):
         at, a_s = jnp.asarray(alpha_t, dtype), jnp.asarray(alpha_s, dtype)
         last = (a_s == 1).astype(dtype)
-        phase = Phase(at, a_s, (a_s - at) / (1 - at), last, 0 * last, 0 * last)
+        phase = Phase(at, a_s, (a_s - at) / (1 - at), last, 0 * last, 0 * last, 0 * last + 1)
         scores = jnp.asarray(scores_of(probs, rng), dtype)
         terms = jax.jit(losses.bound(process, reading).terms)(scores, jnp.asarray(x0), jnp.asarray(zt), phase)
         assert all(term.dtype == dtype and (term >= -1e-6).all() for term in terms.values())
         np.testing.assert_allclose(sum(terms.values()), theirs, atol=FLOATS[dtype] * (1 + theirs.max()))
-    if process is HYBRID:
-        np.testing.assert_array_equal(np.asarray(terms["diffusion"])[alpha_s == 1], 0)
-        np.testing.assert_array_equal(np.asarray(terms["reconstruction"])[alpha_s < 1], 0)
+    np.testing.assert_array_equal(np.asarray(terms["diffusion"])[alpha_s == 1], 0)
+    np.testing.assert_array_equal(np.asarray(terms["reconstruction"])[alpha_s < 1], 0)
 
 
 @pytest.mark.parametrize("schedule", [noise_schedules.linear(), noise_schedules.cosine()], ids=["linear", "cosine"])
-@pytest.mark.parametrize("process", [ABSORB, HYBRID], ids=["absorb", "epsilon"])
-def test_bounds_at_continuous_times_are_the_closed_integrands(process, schedule):
-    rng, R = np.random.default_rng(4), 60
-    zt, x0 = rng.integers(0, N + 1, R), rng.integers(0, N, R)
+@pytest.mark.parametrize(
+    ("process", "reading"),
+    [
+        (ABSORB, "cavity"),
+        (HYBRID, "cavity"),
+        *((process, reading) for process in (UNIFORM, GAMMA, GIDD) for reading in ("posterior", "cavity")),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
+def test_bounds_at_continuous_times_are_the_denoising_score_entropy(process, reading, schedule):
+    """The closed forms against the sum over all rates, scores and ratios of the oracle."""
+    rng, R, chain = np.random.default_rng(4), 60, CHAINS[process.name]
+    zt, x0 = rng.integers(0, chain.K, R), rng.integers(0, N, R)
+    if process.frozen:  # an unmasked token is clean, or costs nothing
+        zt = np.where(zt < N, x0, zt)
     probs, u = rng.dirichlet(np.ones(N), R), rng.uniform(0.05, 0.95, R)
     with jax.enable_x64(True):
         phase = jax.tree.map(lambda x: x[:, 0], phases.continuous(jnp.asarray(u), 1, schedule, process.alpha_max))
         scores = jnp.asarray(scores_of(probs, rng))
-        terms = jax.jit(losses.bound(process, "cavity").terms)(scores, jnp.asarray(x0), jnp.asarray(zt), phase)
+        terms = jax.jit(losses.bound(process, reading, True).terms)(scores, jnp.asarray(x0), jnp.asarray(zt), phase)
         terms = sum(terms.values())
         alpha, slope = np.asarray(phase.alpha_t), np.asarray(schedule.derivative(jnp.asarray(u)))
-    sigma = -np.log(alpha)
-    if process is ABSORB:
-        per_sigma = oracle.absorb_nelbo_integrand(sigma, zt, x0, probs)
-    else:
-        per_sigma = oracle.epsilon_nelbo_integrand(EPSILON, sigma, zt, x0, probs)
-    np.testing.assert_allclose(terms, per_sigma * -slope / alpha, rtol=1e-10)
+    read, theirs = oracle.restrict if reading == "posterior" else oracle.cavity_to_posterior, []
+    for z, x, a, p in zip(zt, x0, alpha, probs, strict=True):
+        t, z = time_of(process, a), np.asarray(z)
+        model = oracle.score_from_mean(chain, t, z, read(chain, t, z, p))
+        theirs.append(oracle.dse(chain, t, z, oracle.true_score(chain, t, z, x), model))
+    per_alpha = np.array(theirs) / (1 if process is GIDD else alpha)
+    np.testing.assert_allclose(terms, per_alpha * -slope, rtol=1e-9)
 
 
 def test_the_reconstruction_at_0_plus_reads_tokens_by_the_cavity():
@@ -110,7 +141,7 @@ def test_the_reconstruction_at_0_plus_reads_tokens_by_the_cavity():
     zt, x0 = (grid.ravel() for grid in np.indices((N, N)))
     probs = rng.dirichlet(np.ones(N), N * N)
     one, zero = jnp.ones(N * N), jnp.zeros(N * N)
-    phase = Phase(one * HYBRID.alpha_max, one, zero, one / 0.1, zero, zero)
+    phase = Phase(one * HYBRID.alpha_max, one, zero, one / 0.1, zero, zero, zero)
     scores, x0, zt = jnp.asarray(scores_of(probs, rng), jnp.float32), jnp.asarray(x0), jnp.asarray(zt)
     terms = jax.jit(losses.build("epsilon_nelbo", HYBRID).terms)(scores, x0, zt, phase)
     theirs = oracle.cavity_to_posterior(CHAINS["epsilon_hybrid"], oracle.ZERO_PLUS, zt, probs)
@@ -169,7 +200,7 @@ def published_phase(data, run):
         p = np.where(active, 1e-3 + (level - 1) * (1 - 2e-3) / (tau - 1), 1.0)
     p = jnp.asarray(p, jnp.float32)
     weight = jnp.where(active, 1 / p, 0.0)
-    return Phase(1 - p, jnp.ones_like(p), weight, 0 * weight, 0 * weight, 0 * weight), active
+    return Phase(1 - p, jnp.ones_like(p), weight, *[0 * weight] * 4), active
 
 
 @pytest.mark.parametrize("run", published_runs()[0])
@@ -218,7 +249,7 @@ def test_the_published_loss_its_weights_and_its_gradient(run):
 def test_the_hybrid_loss_names_its_terms_and_leaves_settled_positions_alone():
     x0, zt = jnp.array([0, 0, 0, 0]), jnp.array([N, 1, 0, 0])
     one = jnp.ones(4)
-    phase = Phase(one / 2, one, jnp.array([2.0, 2.0, 2.0, 0.0]), 0 * one, 0 * one, 0 * one)
+    phase = Phase(one / 2, one, jnp.array([2.0, 2.0, 2.0, 0.0]), *[0 * one] * 4)
     terms = losses.hybrid_cross_entropy(HYBRID, 0.5).terms(jnp.zeros((4, N + 1)), x0, zt, phase)
     nats = math.log(N + 1)
     np.testing.assert_allclose(terms["mask"], [2 * nats, 0, 0, 0], rtol=1e-6)
@@ -227,12 +258,13 @@ def test_the_hybrid_loss_names_its_terms_and_leaves_settled_positions_alone():
     np.testing.assert_allclose(terms["clean"], [0, 0, 0.5 * unchanged / 0.5 * nats, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", losses.LOSSES)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_padded_columns_change_nothing(kind):
-    process = ABSORB if kind == "absorb_nelbo" else HYBRID
+    process = TRAINED[kind]
     rng = np.random.default_rng(7)
     zt, x0, alpha_t, alpha_s, probs = step_rows(process, rng)
-    scores, columns = scores_of(probs, rng), np.stack([alpha_t, alpha_s, 1 - alpha_t, alpha_s == 1, zt, zt])
+    scores = scores_of(probs, rng)
+    columns = np.stack([alpha_t, alpha_s, 1 - alpha_t, alpha_s == 1, zt, zt, alpha_t >= 0])
     phase = Phase(*jnp.asarray(columns, jnp.float32))
     terms = jax.jit(losses.build(kind, process).terms)
     padded = np.pad(scores, ((0, 0), (0, 3)), constant_values=-np.inf)
@@ -242,36 +274,37 @@ def test_padded_columns_change_nothing(kind):
     assert {name: bool((ours[name] == theirs[name]).all()) for name in ours} == dict.fromkeys(theirs, True)
 
 
-@pytest.mark.parametrize("kind", losses.LOSSES)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_gradients_are_finite_where_the_mask_is_impossible_and_rows_are_settled(kind):
-    process = ABSORB if kind == "absorb_nelbo" else HYBRID
+    process = TRAINED[kind]
     scores = jnp.zeros((4, N + 1)).at[:, N].set(-jnp.inf)
     x0, zt, zero = jnp.array([0, 0, 0, 0]), jnp.array([N, 1, 0, 0]), jnp.zeros(4)
     alpha, weight = jnp.array([0.0, 0.5, 0.5, 1.0]), jnp.array([1.0, 1.0, 1.0, 0.0])
-    phase = Phase(alpha, jnp.ones(4), weight, weight, zero, zero)
+    phase = Phase(alpha, jnp.ones(4), weight, weight, zero, zero, weight)
     total = lambda s: sum(term.sum() for term in losses.build(kind, process).terms(s, x0, zt, phase).values())
     gradient = jax.jit(jax.grad(total))(scores)
     assert bool(jnp.isfinite(gradient).all()) and not gradient[:, N].any() and not gradient[3].any()
 
 
 def test_readings_and_bounds_by_name():
-    of = {kind: losses.build(kind, ABSORB if kind == "absorb_nelbo" else HYBRID) for kind in losses.LOSSES}
+    of = {kind: losses.build(kind, process) for kind, process in TRAINED.items()}
     assert {kind: (loss.reading, loss.is_bound) for kind, loss in of.items()} == {
         "hybrid_cross_entropy": ("hybrid", False),
         "epsilon_nelbo": ("cavity", True),
         "acs_nelbo": ("cavity", True),
         "absorb_nelbo": ("posterior", True),
+        "nelbo": ("cavity", True),
     }
     assert losses.build("hybrid_cross_entropy", ABSORB).reading == "posterior"
     assert all(loss.name == kind for kind, loss in of.items())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9])
-@pytest.mark.parametrize("process", [ABSORB, HYBRID], ids=["absorb", "epsilon"])
+@pytest.mark.parametrize("process", [ABSORB, HYBRID, UNIFORM, GAMMA, GIDD], ids=lambda process: process.name)
 def test_the_prior_divergence_is_the_oracles(process, alpha):
     chain, time = CHAINS[process.name], time_of(process, alpha)
     theirs = oracle.prior_kl(chain, time, 2, oracle.default_prior(chain, time))
-    assert losses.prior_kl(process, alpha) == pytest.approx(theirs, abs=1e-6)
+    np.testing.assert_allclose(losses.prior_kl(process, alpha, np.arange(N)), np.full(N, theirs), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -282,9 +315,15 @@ def test_the_prior_divergence_is_the_oracles(process, alpha):
             lambda: losses.build("absorb_nelbo", HYBRID),
             r"got 'absorb_nelbo' with noising.kind 'epsilon_hybrid'",
         ),
-        (lambda: losses.build("epsilon_nelbo", noising.gamma_hybrid(N, 0.1)), r"noising.kind 'gamma_hybrid'.*none yet"),
+        (
+            lambda: losses.build("epsilon_nelbo", noising.gamma_hybrid(N, 0.1)),
+            r"noising.kind 'gamma_hybrid'; allowed for this process: 'nelbo'",
+        ),
+        (lambda: losses.build("nelbo", noising.uniform(N), reading="hybrid"), r"loss.reading: got 'hybrid'"),
+        (lambda: losses.build("nelbo", noising.uniform(1)), r"noising.num_tokens: got 1; allowed: at least 2"),
+        (lambda: losses.acs_bound(ABSORB, 0.5, "posterior"), r"noising.kind: got 'absorb'; allowed: 'epsilon_hybrid'"),
         (lambda: losses.build("hybrid_cross_entropy", HYBRID, -1.0), r"loss.token_weight: got -1.0"),
-        (lambda: losses.bound(noising.uniform(N), "cavity"), r"noising.kind \(likelihood\): got 'uniform'"),
+        (lambda: losses.bound(noising.uniform(N), "raw"), r"reading: got 'raw'; allowed: 'cavity', 'posterior'"),
         (lambda: losses.bound(HYBRID, "raw"), r"noising.reading: got 'raw'; allowed: 'cavity', 'hybrid', 'posterior'"),
     ],
 )

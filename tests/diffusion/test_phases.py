@@ -35,11 +35,16 @@ def enumerated(monkeypatch, hs, origin):
     return jax.tree.map(lambda x: np.asarray(x)[:P], phase)
 
 
-def over_steps(hs, origin, length=L):
-    """The plain phase of every step; fields [T, length]."""
+def over_steps(hs, origin):
+    """The plain phase of every step; fields [T, L]."""
     phase = phases.at_step(jnp.arange(STEPS), jnp.full(STEPS, origin), L, hs, LINEAR, 1.0)
-    phase = jax.tree.map(lambda x: np.asarray(x)[: hs.num_steps, :length], phase)
-    return phase._replace(stop=np.minimum(phase.stop, length))
+    return jax.tree.map(lambda x: np.asarray(x)[: hs.num_steps], phase)
+
+
+def ended(phase, end):
+    """The phases of a text that ends at `end`."""
+    cut = jax.tree.map(lambda x: x[:, :end], phase)
+    return cut._replace(stop=np.minimum(cut.stop, end))
 
 
 continuous = jax.jit(phases.continuous, static_argnums=(1, 2, 3, 4, 5))
@@ -50,7 +55,8 @@ tiled = jax.jit(phases.tiled, static_argnums=(2, 3, 4, 5))
 def calls_of(phase, position, share):
     """What the draws ask of one position, as a sorted list, with the weights of one draw in `share`."""
     changes = phase.last_weight[:, position] + phase.mask_weight[:, position] > 0
-    alphas = np.stack([phase.alpha_t, phase.alpha_s, phase.mask_weight * share, phase.last_weight * share])
+    weights = [phase.mask_weight * share, phase.last_weight * share, phase.steps * share]
+    alphas = np.stack([phase.alpha_t, phase.alpha_s, *weights])
     columns = np.concatenate([alphas, [phase.start, phase.stop]])[:, changes, position]
     return sorted(map(tuple, columns.T.round(6)))
 
@@ -60,7 +66,7 @@ def calls_of(phase, position, share):
 def test_the_phases_together_are_the_steps(monkeypatch, hs, origin):
     """Every call of a position stands in one phase, with its levels, its window, and P times its weight."""
     together, after = enumerated(monkeypatch, hs, origin), over_steps(hs, origin)
-    before = over_steps(hs, 0, length=origin) if origin else None
+    before = ended(over_steps(hs, 0), origin)
     for i in range(L):
         one_by_one = calls_of(before, i, 1 / hs.num_steps) if i < origin else calls_of(after, i, 1 / hs.num_steps)
         assert len(one_by_one) == hs.period
@@ -83,6 +89,7 @@ def test_plain_phases_are_the_levels_and_windows_moved_right_by_the_origin(hs):
         np.testing.assert_allclose(phase.mask_weight, expected, rtol=1e-5)
         settles = (moved[:-1] > 0) & (moved[1:] == 0)
         np.testing.assert_array_equal(phase.last_weight, np.where(settles, hs.num_steps, 0))
+        np.testing.assert_array_equal(phase.steps, np.where(moved[1:] < moved[:-1], hs.num_steps, 0))
 
 
 @pytest.mark.parametrize("hs", [TILEABLE[i] for i in (1, 4)], ids=[NAMES[i] for i in (1, 4)])
@@ -136,7 +143,10 @@ def test_continuous_weights_integrate_to_the_schedule(schedule, share):
     alpha_max = noising.epsilon_hybrid(3, 0.1).alpha_max
     phase = jax.tree.map(np.asarray, continuous(u_B, 2, schedule, alpha_max, share))
     at_zero = np.asarray(u_B) < share
-    np.testing.assert_array_equal(phase.alpha_t[at_zero], np.float32(alpha_max))
+    least = min(float(schedule.alpha(jnp.zeros(()))), np.float32(alpha_max))
+    np.testing.assert_array_equal(phase.alpha_t[at_zero], np.float32(least))
+    np.testing.assert_array_equal(phase.steps[at_zero], 0)
+    np.testing.assert_allclose(phase.steps, phase.mask_weight * (1 - phase.alpha_t), rtol=1e-5)
     np.testing.assert_array_equal(phase.mask_weight[at_zero], 0)
     np.testing.assert_allclose(phase.last_weight.mean(), 1.0 if share else 0.0, rtol=1e-6)
     np.testing.assert_array_equal(phase.last_weight[~at_zero], 0)

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 
 from hdlm_jax.errors import UserError
 from hdlm_jax.models import transformer
-from hdlm_jax.models.attention import cached, dense
+from hdlm_jax.models.attention import KV, cached, dense
 from hdlm_jax.models.transformer import Transformer, TransformerConfig, drop, forward, init, logits, unstacked
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -241,7 +241,9 @@ def test_rows_fed_in_two_calls_are_the_rows_fed_in_one(small, scanned, layout):
     def two_calls(params):
         first, past = forward(SMALL, params, *cut(0, 4), dense(causal(4)), sigma_BxR=sigma[:, :4], return_kv=True)
         attention = cached(jnp.ones((1, 2, 4), bool), causal(2))
-        second, new = forward(SMALL, params, *cut(4, R), attention, sigma_BxR=sigma[:, 4:], past=past, return_kv=True)
+        is_kv = lambda x: isinstance(x, KV)
+        turned = jax.tree.map(lambda kv: KV(jnp.swapaxes(kv.k, -1, -2), kv.v), past, is_leaf=is_kv)  # as in a cache
+        second, new = forward(SMALL, params, *cut(4, R), attention, sigma_BxR=sigma[:, 4:], past=turned, return_kv=True)
         return jnp.concatenate([first, second], 1), past, new
 
     hidden, past, new = two_calls(params)

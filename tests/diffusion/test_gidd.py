@@ -1,0 +1,67 @@
+"""GIDD beyond what test_noising.py asks of every process: the way back out of the mask, its ends, its bound."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hdlm_jax.diffusion import noise_schedules, noising, reverse
+from tests.diffusion.kernels import check_bound, check_step, time_of
+from tests.oracle import hdlm_oracle as oracle
+
+N = 5
+PAIRS = [
+    (0.7, 0.2),
+    (1 - 1e-6, 1 - 3e-6),
+    (1 - 1e-5, 0.5),
+    (1.0, 1 - 1e-6),
+    (0.5, 0.5 - 1e-6),
+    (3e-6, 1e-6),
+    (0.5, 1e-6),
+]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_transitions_keep_their_relative_accuracy_in_float32(share):
+    """The shares that leave a state are small differences of the marginals; the oracle takes them in float64."""
+    process, chain = noising.gidd(N, share), oracle.gidd_hybrid(N, share)
+    pairs = np.array(PAIRS, np.float32).astype(float)
+    ours = jax.jit(jax.vmap(jax.vmap(process.transition, (0, None, None)), (None, 0, 0)))(np.arange(N + 1), *pairs.T)
+    theirs = [oracle.transition_matrix(chain, time_of(process, a), time_of(process, b)) for a, b in pairs]
+    np.testing.assert_allclose(ours, theirs, rtol=3e-6)
+
+
+def test_the_mask_lets_tokens_out_and_the_uniform_share_is_the_most_random_tokens_there_are():
+    process = noising.gidd(N, 0.2)
+    assert not process.frozen and process.mask == N and process.reading == "cavity"
+    from_mask = jax.jit(process.transition)(N, 0.5, 0.2)
+    assert (np.asarray(from_mask)[:N] > 0.01).all()
+    alpha_A = jnp.linspace(0.0, 1.0, 21)
+    others_A = N * jax.jit(jax.vmap(process.marginal, (None, 0)))(0, alpha_A)[:, 1]
+    assert others_A.argmax() == 10
+    np.testing.assert_allclose(others_A[10], 0.2, rtol=1e-6)
+
+
+def test_posteriors_of_a_large_vocabulary_in_float32():
+    many, alpha_t, alpha_s = 4000, np.float32(0.3), np.float32(0.31)
+    process, chain = noising.gidd(many, 0.2), oracle.gidd_hybrid(many, 0.2)
+    probs_N = np.random.default_rng(0).dirichlet(np.full(many, 0.1))
+    t, s = time_of(process, float(alpha_t)), time_of(process, float(alpha_s))
+    tables = jax.jit(
+        lambda z: (process.posterior(z, 7, alpha_t, alpha_s), process.reverse(z, probs_N, alpha_t, alpha_s))
+    )
+    for z in (7, 8, many):
+        posterior_V, reverse_V = tables(z)
+        np.testing.assert_allclose(posterior_V, oracle.posterior(chain, s, t, z, 7), rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(reverse_V, oracle.reverse_kernel(chain, s, t, z, probs_N), rtol=1e-5, atol=1e-12)
+
+
+def test_the_ancestral_step_draws_from_the_kernel():
+    process = noising.gidd(N, 0.3)
+    zt, alpha_t, alpha_s = jnp.array([N, 1, N, 2]), jnp.array([0.0, 0.3, 0.3, 0.6]), jnp.array([0.3, 0.5, 0.5, 1.0])
+    check_step(process, reverse.ancestral(process).step, zt, jnp.array([0.4, 0.1, 0.05, 0.25, 0.2]), alpha_t, alpha_s)
+
+
+@pytest.mark.parametrize("reading", ["cavity", "posterior"])
+def test_the_bound_is_never_violated(reading):
+    check_bound(noising.gidd(3, 0.3), noise_schedules.linear(), reading)
