@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import keyword
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ VERBS = {
     "train": "train an experiment; the same command again resumes it",
     "evaluate": "the bound on held-out or any text, in nats, perplexity and bits per byte",
     "sample": "generate texts from a run",
+    "import": "make a run folder of a published checkpoint",
+    "export": "write a run's weights in another form",
     "draw": "pictures: a hyperschedule, who sees whom, the loss curve of a run",
     "bench": "measure training or sampling speed on this machine",
 }
@@ -60,7 +63,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for name, summary in VERBS.items():
         sub = verbs.add_parser(name, help=summary, description=summary, formatter_class=kind)
         if name == asked:  # a verb's imports are heavy: only those of the one asked for
-            module = importlib.import_module(f"hdlm_jax.verbs.{name}")
+            module = importlib.import_module(f"hdlm_jax.verbs.{name}{'_' * keyword.iskeyword(name)}")
             sub.description = module.__doc__
             module.add_arguments(sub)
             sub.set_defaults(module=module)

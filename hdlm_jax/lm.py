@@ -27,23 +27,36 @@ from hdlm_jax.evaluation import perplexity
 from hdlm_jax.evaluation.perplexity import Bound
 from hdlm_jax.generation import sampling
 from hdlm_jax.generation.sampling import Generation
+from hdlm_jax.interop import export, published
 from hdlm_jax.models import layouts
 from hdlm_jax.models import parts as builders
 from hdlm_jax.models.transformer import TransformerConfig, forward, init, logits
-from hdlm_jax.training import checkpoints, run_folder
+from hdlm_jax.training import run_folder, weights_file
 
 HYPERSCHEDULE_FIELDS = ("width", "rate", "block", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A trained model with its experiment and tokenizer; see `load`."""
+    """A trained model with its experiment and tokenizer; see `load`.
+
+    Attributes:
+      config: the experiment.
+      parts: its parts.
+      params: the weights.
+      tokenizer: of its vocabulary.
+      step: that the weights are of.
+      weights: 'ema' or 'raw'.
+      origin: what an imported run keeps of the published checkpoint; None for our own.
+    """
 
     config: ConfigDict
     parts: builders.Parts
     params: dict
     tokenizer: tokenizers.Tokenizer
     step: int
+    weights: str = "ema"
+    origin: published.Origin | None = None
 
     def generate(
         self,
@@ -67,7 +80,7 @@ class LanguageModel:
           record: also return the tokens after every step.
           hyperschedule: a kind (with `width`, `rate`, `block`, `steps` among the dials) or a `Hyperschedule`;
             default: the experiment's.
-          sampler: 'ancestral', 'acs' or 'acs_published'; default: the experiment's.
+          sampler: 'ancestral', 'analytic', 'euler', 'acs' or 'acs_published'; default: the experiment's.
           **dials: eta, temperature, top_p, top_k, steps, width, rate, block.
 
         Raises:
@@ -84,47 +97,90 @@ class LanguageModel:
         chain = sampling.chain(self.parts, hs, c.sampler)
         return sampling.draw(chain, self.params, self.tokenizer, prompts, length, seed, record)
 
-    def perplexity(self, text_or_path: str | Path, draws: int = 4, seed: int = 0, batch: int = 32) -> Bound:
+    def perplexity(
+        self,
+        text_or_path: str | Path,
+        draws: int = 4,
+        seed: int = 0,
+        batch: int = 32,
+        *,
+        eta: float | None = None,
+        exact: bool = False,
+    ) -> Bound:
         """The bound on a text, or on the file of that name: see `evaluation.perplexity.Bound`.
 
+        Args:
+          text_or_path: what to evaluate.
+          draws: of the noise of every window.
+          seed: of the noise.
+          batch: windows at a time.
+          eta: bound the chain that adaptive correction runs at this strength (epsilon-hybrid models), flat
+            in sampler.steps steps; None bounds the model's own reverse chain.
+          exact: take every step once instead of drawing steps (`evaluation.perplexity.every_step`).
+
         Raises:
-          UserError: an empty or binary file, no text, fewer than two draws.
+          UserError: an empty or binary file, no text, fewer than two draws, an eta or an exact bound that this
+            model does not have.
         """
         text = _read(text_or_path)
         windows = pipeline.windows_of_text(text, self.tokenizer, self.parts.model.length)
         tokens = int(windows.valid.sum())
-        draw = perplexity.estimator(self.parts, self.parts.loss.reading)
         rows = _batches(windows.tokens, windows.valid, batch)
-        per_token = windows.num_bytes / tokens
-        name = perplexity.name_of(self.parts)
-        return perplexity.estimate(draw, self.params, rows, per_token, draws, seed, name)
+        return self._bound(rows, windows.num_bytes / tokens, draws, seed, eta, exact)
 
     def held_out(
-        self, folder: str | Path, draws: int = 4, seed: int = 0, batch: int = 32, windows: int = 0
+        self,
+        folder: str | Path,
+        draws: int = 4,
+        seed: int = 0,
+        batch: int = 32,
+        windows: int = 0,
+        *,
+        eta: float | None = None,
+        exact: bool = False,
     ) -> tuple[Bound, float]:
         """The bound on the held-out split of a run folder, and the unigram byte model's bits per byte.
 
         Args:
           folder: the run folder whose data to read.
           windows: only the first so many; 0 takes all.
+          draws, seed, batch, eta, exact: as in `perplexity`.
+
+        Raises:
+          UserError: an imported model, which has no data of its own; a negative number of windows.
         """
+        has_data = self.origin is None
+        require(has_data, "--text", None, "a file: an imported model has no held-out split of its own")
         data = prepare.open_or_prepare(self.config.data.to_dict(), Path(folder) / "data")
         split = data.manifest["splits"]["held_out"]
         require(windows >= 0, "--windows", windows, "0 (all) or a positive integer")
         count = min(windows or len(data.held_out), len(data.held_out))
         tokens = np.stack([data.held_out[i] for i in range(count)])
         rows = _batches(tokens, np.ones(tokens.shape, bool), batch)
-        draw, name = perplexity.estimator(self.parts, self.parts.loss.reading), perplexity.name_of(self.parts)
-        per_token = split["bytes"] / split["tokens"]
-        bound = perplexity.estimate(draw, self.params, rows, per_token, draws, seed, name)
+        bound = self._bound(rows, split["bytes"] / split["tokens"], draws, seed, eta, exact)
         return bound, data.manifest["unigram_bits_per_byte"]
 
+    def _bound(self, rows, bytes_per_token: float, draws: int, seed: int, eta: float | None, exact: bool) -> Bound:
+        parts = self.parts if eta is None else perplexity.in_steps(self.parts)
+        enumerated = perplexity.every_step(parts) if exact else perplexity.NOTHING
+        draw = perplexity.estimator(parts, self.parts.loss.reading, eta, exact)
+        name = perplexity.name_of(parts, eta)
+        return perplexity.estimate(draw, self.params, rows, bytes_per_token, draws, seed, name, enumerated)
+
     def logits(self, tokens_BxL: Array, sigma: Array | None = None) -> Array:
-        """Scores float32 [B, L, V] for every position, every row seeing what `visibility` lets it; -inf at the mask.
+        """Scores float32 [B, L, V] for every position, every row seeing every row.
+
+        Of our models: row i predicts token i, -inf at the mask. Of an imported model, what the authors' forward
+        pass returns (`interop.published.outputs`): row i reads token i, and so predicts token i + 1 where the model
+        is shifted; the mask's column is that of the weights; a gamma model gives log-scores, less
+        log(e^sigma - 1) and log N.
 
         Args:
           tokens_BxL: int32, ordinary tokens or the mask.
           sigma: [B, L] noise levels, for conditioned models only.
+
+        Raises:
+          UserError: more tokens than the trained length; no noise levels for a conditioned model.
         """
         model = self.parts.model
         L = tokens_BxL.shape[1]
@@ -132,8 +188,22 @@ class LanguageModel:
         if model.conditioning:
             require(sigma is not None, "sigma", sigma, "noise levels [B, L]: this model is conditioned on them")
         sigma = jnp.asarray(sigma) if model.conditioning else None
+        if self.origin is not None:
+            return published.outputs(model, self.params, jnp.asarray(tokens_BxL), sigma)
         clean = float(self.parts.schedule.sigma(jnp.ones(())))
         return _scores(model, clean, self.params, jnp.asarray(tokens_BxL), sigma)
+
+    def export(self, folder: str | Path, format: str = "safetensors") -> None:
+        """Writes the weights in another form as a new folder; see `hdlm export`.
+
+        Args:
+          folder: new or empty.
+          format: a name in `hdlm_jax.interop.export.FORMATS`.
+
+        Raises:
+          UserError: an unknown format, one that does not fit the model, a folder that is not free.
+        """
+        export.export(self, folder, format)
 
     def _with_dials(self, sampler: str | None, dials: dict) -> ConfigDict:
         c = configs.from_json(configs.to_json(self.config))
@@ -144,8 +214,10 @@ class LanguageModel:
         given = {name: value for name, value in dials.items() if name in c.sampler and value is not None}
         given |= {} if sampler is None else {"kind": sampler}
         c = configs.override(c, {f"sampler.{name}": value for name, value in given.items()})
-        corrects = c.sampler.kind != "ancestral" or "eta" not in given
-        require(corrects, "sampler.eta", given.get("eta"), "nothing for 'ancestral', which makes no corrections")
+        corrects = c.sampler.kind in ("acs", "acs_published") or "eta" not in given
+        require(
+            corrects, "sampler.eta", given.get("eta"), f"nothing for {c.sampler.kind!r}, which makes no corrections"
+        )
         return c
 
     def _hyperschedule(self, c: ConfigDict, given, dials: dict, length: int) -> Hyperschedule:
@@ -163,11 +235,11 @@ class LanguageModel:
 
 
 def load(folder: str | Path, weights: str = "ema") -> LanguageModel:
-    """Opens a run folder.
+    """Opens a run folder, or an exported one.
 
     Args:
-      folder: written by `hdlm train`.
-      weights: 'ema', the running mean, or 'raw', the last ones.
+      folder: written by `hdlm train`, `hdlm import` or `hdlm export --format safetensors`.
+      weights: 'ema', the running mean, or 'raw', the last ones. Where only one kind is kept, 'ema' gives that.
 
     Raises:
       UserError: no run folder, no checkpoint in it, weights that do not fit the experiment.
@@ -177,8 +249,9 @@ def load(folder: str | Path, weights: str = "ema") -> LanguageModel:
     tokenizer = tokenizers.load(folder)
     parts = builders.build(config, tokenizer.num_tokens, tokenizer.bos_id)
     abstract = jax.eval_shape(lambda: init(parts.model, jax.random.key(0)))
-    params, step = checkpoints.restore_params(folder / "checkpoints", abstract, weights)
-    return LanguageModel(config, parts, jax.tree.map(jnp.asarray, params), tokenizer, step)
+    found = weights_file.restore(folder, abstract, parts.model.vocabulary, weights)
+    params, origin = jax.tree.map(jnp.asarray, found.params), published.kept(folder)
+    return LanguageModel(config, parts, params, tokenizer, found.step, found.kind, origin)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

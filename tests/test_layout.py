@@ -43,11 +43,13 @@ LAZY = [
     "tensorflow_datasets",
     "matplotlib",
     "tensorboardX",
+    "safetensors",
+    "tokenizers",
     *sorted(FORBIDDEN),
 ]
 MAX_LINES = 420
 # Distributions whose import name is another one.
-IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
+IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pyyaml": "yaml"}
 # Methods whose meaning a base class fixes (Flax modules, grain transforms).
 HOOKS = {"setup", "map"}
 
@@ -245,6 +247,6 @@ def test_what_the_package_imports_is_required():
     names = {line.split(">=")[0] for line in required}
     provided = {IMPORT_NAMES.get(name, name).replace("-", "_") for name in names}
     used = {name: foreign_imports(path.read_text(encoding="utf-8"), name) for name, path in MODULES.items()}
-    optional = FORBIDDEN | {"flatbuffers"}
+    optional = FORBIDDEN | {"flatbuffers", "tokenizers"}
     extra = {name: names - provided - optional for name, names in used.items()}
     assert {name: names for name, names in extra.items() if names} == {}

@@ -1,8 +1,8 @@
-"""Text to token ids and back: bytes, or SentencePiece trained on the corpus.
+"""Text to token ids and back: bytes, SentencePiece trained on the corpus, or byte-level BPE (data/byte_bpe.py).
 
-Ordinary tokens are 0 .. N-1; the last of them, N-1, is `end_of_text`, which opens every document
-and so is also the beginning-of-sequence token. The mask is token N and no text encodes to it.
-Every ordinary token stands for fixed bytes of UTF-8, so decoding is concatenation.
+Ordinary tokens are 0 .. N-1; one of them, `end_of_text` (the last one unless the vocabulary says otherwise),
+opens every document and so is also the beginning-of-sequence token. The mask is token N and no text encodes
+to it. Every ordinary token stands for fixed bytes of UTF-8, so decoding is concatenation.
 """
 
 import codecs
@@ -34,11 +34,12 @@ class Tokenizer:
     """Encodes text to ordinary token ids and decodes them; lossless for every string.
 
     Attributes:
-      name: 'bytes' or 'sentencepiece'.
+      name: 'bytes', 'sentencepiece', 'byte_bpe' or 'tokens' (a vocabulary without text).
       pieces: the bytes that each of the N ordinary tokens stands for; b'' at `end_of_text`.
-      encode_many: texts -> one int32 array of token ids in 0 .. N-2 for each.
+      encode_many: texts -> one int32 array of token ids for each, `end_of_text` not among them.
       fingerprint: hexadecimal sha256 of everything the token ids depend on.
-      model: the serialised SentencePiece model; b'' for bytes.
+      model: the serialised SentencePiece or BPE model; b'' for the others.
+      end_of_text: the token that opens every document; None for the last one, N - 1.
     """
 
     name: str
@@ -46,6 +47,11 @@ class Tokenizer:
     encode_many: Callable[[Sequence[str]], list[np.ndarray]] = field(repr=False)
     fingerprint: str
     model: bytes = field(default=b"", repr=False)
+    end_of_text: int | None = None
+
+    def __post_init__(self):
+        if self.end_of_text is None:
+            object.__setattr__(self, "end_of_text", len(self.pieces) - 1)
 
     @property
     def num_tokens(self) -> int:
@@ -56,11 +62,6 @@ class Tokenizer:
     def mask_id(self) -> int:
         """The mask, N: after all ordinary tokens."""
         return len(self.pieces)
-
-    @property
-    def end_of_text(self) -> int:
-        """The token that opens every document, N - 1."""
-        return len(self.pieces) - 1
 
     @property
     def bos_id(self) -> int:
@@ -108,11 +109,11 @@ class Tokenizer:
         n = self.num_tokens
         bad = next((i for i in ids if not 0 <= i <= n), 0)
         require(0 <= bad <= n, "tokens", bad, f"token ids in 0 .. {n}")
-        special = {n: mask.encode(), n - 1: end_of_text.encode()}
-        return [special[i] if i >= n - 1 else self.pieces[i] for i in ids]
+        special = {n: mask.encode(), self.end_of_text: end_of_text.encode()}
+        return [special[i] if i in special else self.pieces[i] for i in ids]
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes tokenizer.json, and tokenizer.model for SentencePiece, into `folder`."""
+        """Writes tokenizer.json, and tokenizer.model where there is a model, into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.model:
@@ -130,8 +131,7 @@ def load(folder: str | os.PathLike) -> Tokenizer:
     folder = Path(folder)
     try:
         about = json.loads((folder / "tokenizer.json").read_text())
-        model = (folder / "tokenizer.model").read_bytes() if about["name"] == "sentencepiece" else b""
-        tokenizer = sentencepiece(model) if model else {"bytes": bytes_tokenizer}[about["name"]]()
+        tokenizer = _saved(folder, about["name"], about["num_tokens"])
         same = tokenizer.fingerprint == about["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"tokenizer: {folder} holds no readable tokenizer: {error}") from error
@@ -140,11 +140,26 @@ def load(folder: str | os.PathLike) -> Tokenizer:
     return tokenizer
 
 
+def _saved(folder: Path, name: str, num_tokens: int) -> Tokenizer:
+    """What `Tokenizer.save` wrote: from its name, its number of tokens and its model."""
+    if name in ("bytes", "tokens"):
+        return bytes_tokenizer() if name == "bytes" else tokens_only(num_tokens)
+    return {"sentencepiece": sentencepiece, "byte_bpe": _byte_bpe}[name]((folder / "tokenizer.model").read_bytes())
+
+
+def _byte_bpe(model: bytes) -> Tokenizer:
+    from hdlm_jax.data import byte_bpe
+
+    return byte_bpe.from_json(model)
+
+
 def build(kind: str, vocab_size: int = 0, documents: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer that a config names.
 
     Args:
-      kind: 'bytes', 'sentencepiece' (trained on `documents`), or a path ending in .model.
+      kind: 'bytes', 'sentencepiece' (trained on `documents`), a path ending in .model (SentencePiece) or
+        .json (byte-level BPE), or a folder: one with vocab.json and merges.txt, or one that a tokenizer was
+        saved in, such as a run folder.
       vocab_size: N, ordinary tokens of a SentencePiece tokenizer that is trained here.
       documents: the training split.
 
@@ -155,8 +170,13 @@ def build(kind: str, vocab_size: int = 0, documents: Sequence[str] = ()) -> Toke
         return bytes_tokenizer()
     if kind == "sentencepiece":
         return sentencepiece(train_sentencepiece(documents, vocab_size))
+    if kind.endswith(".json") or Path(kind).is_dir():
+        from hdlm_jax.data import byte_bpe
+
+        return byte_bpe.load(kind) if byte_bpe.is_here(kind) else load(kind)
     if not kind.endswith(".model"):
-        raise unknown("data.tokenizer", kind, ["bytes", "sentencepiece", "a path ending in .model"])
+        choices = ["bytes", "sentencepiece", "a path ending in .model or .json", "a folder that holds a tokenizer"]
+        raise unknown("data.tokenizer", kind, choices)
     try:
         model = Path(kind).read_bytes()
     except OSError as error:
@@ -172,11 +192,32 @@ def bytes_tokenizer() -> Tokenizer:
     ([104, 195, 169], 'hé_', 257)
     """
     pieces = (*(bytes([i]) for i in range(256)), b"")
-    encode = lambda texts: [np.frombuffer(_utf8(text), np.uint8).astype(np.int32) for text in texts]
+    encode = lambda texts: [np.frombuffer(utf8(text), np.uint8).astype(np.int32) for text in texts]
     return Tokenizer("bytes", pieces, encode, hashlib.sha256(b"hdlm_jax bytes").hexdigest())
 
 
-def _utf8(text: str) -> bytes:
+def tokens_only(num_tokens: int) -> Tokenizer:
+    """A vocabulary whose texts are not known: ids decode to their numbers, and no text can be encoded.
+
+    >>> tokens_only(5).decode([3, 0])
+    '3 0 '
+
+    Encoding raises `UserError`.
+    """
+
+    def encode_many(texts):
+        raise UserError(
+            f"text: this model has a vocabulary of {num_tokens:,} tokens and no tokenizer, so it can only generate"
+            " token ids; import it anew with `hdlm import --tokenizer DIR_OR_FILE`"
+        )
+
+    pieces = (*(f"{i} ".encode() for i in range(num_tokens - 1)), b"")
+    fingerprint = hashlib.sha256(f"hdlm_jax {num_tokens} tokens".encode()).hexdigest()
+    return Tokenizer("tokens", pieces, encode_many, fingerprint)
+
+
+def utf8(text: str) -> bytes:
+    """The bytes of a text; half of a surrogate pair raises `UserError`."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -213,18 +254,20 @@ def sentencepiece(model: bytes) -> Tokenizer:
         fingerprint=hashlib.sha256(b"hdlm_jax sentencepiece" + model).hexdigest(),
         model=model,
     )
-    _check_lossless(tokenizer)
+    require_lossless(
+        tokenizer,
+        "this SentencePiece model loses text; allowed: a model trained with normalization_rule_name='identity',"
+        " remove_extra_whitespaces=False, add_dummy_prefix=False and byte_fallback=True",
+    )
     return tokenizer
 
 
-def _check_lossless(tokenizer: Tokenizer) -> None:
+def require_lossless(tokenizer: Tokenizer, reason: str) -> None:
+    """Raises `UserError` unless difficult text comes back unchanged and every byte has a token of its own."""
     single = {piece for piece in tokenizer.pieces if len(piece) == 1}
-    if len(single) < 256 or tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
-        raise UserError(
-            "data.tokenizer: this SentencePiece model loses text; allowed: a model trained with "
-            "normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False "
-            "and byte_fallback=True"
-        )
+    same = lambda text: tokenizer.decode(tokenizer.encode(text)) == text
+    if len(single) < 256 or not (same(_PROBE) and same(_PROBE.strip())):
+        raise UserError(f"data.tokenizer: {reason}")
 
 
 def _piece_bytes(processor: Any, i: int) -> bytes:
@@ -235,7 +278,7 @@ def _piece_bytes(processor: Any, i: int) -> bytes:
 def _encode_pieces(processor: Any, token_of: np.ndarray, texts: Sequence[str]) -> list[np.ndarray]:
     """Token ids of each text. A literal U+2581, SentencePiece's own sign, goes in as its bytes."""
     for text in texts:
-        _utf8(text)
+        utf8(text)
     parts = [text.split(_SPACE) for text in texts]
     flat = [part for split in parts for part in split]
     threads = os.cpu_count() if len(flat) > 1 else 1

@@ -30,10 +30,12 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a text file whole or not at all.
 
     Raises:
-      UserError: the folder cannot be written to.
+      UserError: the folder cannot be written to; `path` is there and no file (a device must not be replaced).
     """
     temporary = None
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be written (it is no plain file)")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as file:

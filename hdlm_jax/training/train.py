@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from hdlm_jax.data import pipeline
+from hdlm_jax.data import pipeline, tokenizers
 from hdlm_jax.data.prepare import DataConfig, Prepared, open_or_prepare
 from hdlm_jax.errors import UserError, require
 from hdlm_jax.evaluation import perplexity
@@ -24,7 +24,7 @@ from hdlm_jax.generation.loop import Chain
 from hdlm_jax.models import parts as builders
 from hdlm_jax.models import transformer
 from hdlm_jax.models.parts import Parts
-from hdlm_jax.training import flops, optimizer, run_folder, sharding, state
+from hdlm_jax.training import flops, optimizer, run_folder, sharding, state, weights_file
 from hdlm_jax.training.checkpoints import Checkpoints
 from hdlm_jax.training.metrics import MetricsLog
 from hdlm_jax.training.progress import Progress
@@ -69,13 +69,40 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         fresh = lambda: transformer.init(parts.model, jax.random.key(config.seed))
         kept = config.optimizer.ema > 0
         wanted = state.abstract(fresh, tx, mesh, ema=kept)
+        initial = None if _has_begun(workdir) else _initial(config.training.initial, parts, data)
         run_folder.claim(workdir, config, data.manifest)
         data.tokenizer.save(workdir)
         with Checkpoints(workdir / "checkpoints", config.training.keep, best=HELD_OUT) as saved:
             found = saved.restore(wanted)
-            current = state.create(fresh, tx, mesh, ema=kept) if found is None else found[0]
+            current = _begin(state.create(fresh, tx, mesh, ema=kept), initial) if found is None else found[0]
             update = Update(parts, tx, config.optimizer, config.training.accumulation)
             return _loop(_run(config, workdir, data, parts, mesh, update, current), current, saved)
+
+
+def _has_begun(workdir: Path) -> bool:
+    return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def _initial(folder: str, parts: Parts, data: Prepared) -> dict | None:
+    """The weights that a run starts from: the running mean of another run of the same sizes and tokenizer."""
+    if not folder:
+        return None
+    same = tokenizers.load(folder).fingerprint == data.tokenizer.fingerprint
+    allowed = f"a run with the tokenizer of these data, or --config.data.tokenizer={folder}"
+    require(same, "training.initial", folder, allowed)
+    abstract = jax.eval_shape(lambda: transformer.init(parts.model, jax.random.key(0)))
+    return weights_file.restore(Path(folder), abstract, parts.model.vocabulary).params
+
+
+def _begin(current: TrainState, initial: dict | None) -> TrainState:
+    """The state at step 0 with other weights, laid out as those that were there."""
+    if initial is None:
+        return current
+    # copies: weights and running mean are donated, and must not share memory
+    place = lambda x, old: jax.make_array_from_callback(old.shape, old.sharding, lambda i: np.array(x[i], old.dtype))
+    params = jax.tree.map(place, initial, current.params)
+    ema = None if current.ema is None else jax.tree.map(place, initial, current.ema)
+    return current._replace(params=params, ema=ema)
 
 
 def check(config: ConfigDict) -> None:
@@ -93,6 +120,8 @@ def check(config: ConfigDict) -> None:
     require(0 <= config.seed < 2**32, "seed", config.seed, f"a whole number from 0 to {2**32 - 1}")
     require(config.sampler.steps >= 1, "sampler.steps", config.sampler.steps, "a positive integer")
     DataConfig.of(config.data.to_dict())
+    if c.initial:
+        run_folder.read_config(Path(c.initial))
     optimizer.check(config.optimizer)
     sharding.check_batch(c.batch, c.accumulation, sharding.mesh(config.mesh))
     parts = builders.build(config, num_tokens=256, bos_id=0)  # the vocabulary comes with the data
@@ -193,14 +222,14 @@ def _due(done: int, every: int, last: object) -> bool:
 
 def _announce(run: Run, current: TrainState, first: int) -> None:
     model, count = run.parts.model, transformer.num_parameters(current.params)
-    corpus = run.data.manifest["corpus"]
+    corpus, start = run.data.manifest["corpus"], run.config.training.initial
     print(
         f"{run.workdir}: {count:,} parameters (hidden {model.hidden}, blocks {model.blocks}), {model.prediction},"
         f" {run.parts.layout} layout; {run.parts.process.name}; {run.parts.hs.describe()}\n"
         f"data: {corpus['name']} (sha256 {corpus['sha256'][:12]}), {len(run.data.train):,} training windows of"
         f" {model.length} tokens ({run.data.tokenizer.name}), unigram byte model"
         f" {run.data.manifest['unigram_bits_per_byte']:.4f} bits/byte\n"
-        + (f"resumed at step {first}" if first else "fresh start"),
+        + (f"resumed at step {first}" if first else f"started from {start}" if start else "fresh start"),
         flush=True,
     )
 

@@ -24,7 +24,7 @@ def add_arguments(parser):
     parser.add_argument("--weights", default="ema", help="'ema' (default) or 'raw'")
     parser.add_argument("--out", metavar="FILE", help="JSON file to write (default: a new one in the run's samples/)")
     sampler = parser.add_argument_group("sampler (default: the experiment's)")
-    sampler.add_argument("--sampler", help="'ancestral', 'acs' or 'acs_published'")
+    sampler.add_argument("--sampler", help="'ancestral', 'analytic', 'euler', 'acs' or 'acs_published'")
     sampler.add_argument("--eta", type=float, help="acs: strength of the correction, in [0, 1]")
     sampler.add_argument("--temperature", type=float, help="of the network's scores; 0 is greedy")
     sampler.add_argument("--top-p", type=float, help="keep the fewest tokens whose mass reaches this")

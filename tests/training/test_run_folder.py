@@ -57,10 +57,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monk
     assert contents(tmp_path) == {"x.json": b"old"}
 
 
-def test_a_folder_in_the_place_of_the_file_is_told(tmp_path):
-    with pytest.raises(UserError, match="cannot be written"):
-        run_folder.write_whole(tmp_path, "text")
-    assert contents(tmp_path.parent).keys().isdisjoint({f".{tmp_path.name}."})
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A folder, or a pipe in the place of a device: the null device of the machine, say."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(UserError, match="cannot be written .it is no plain file"):
+            run_folder.write_whole(tmp_path / name, "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
 
 
 # ---- one experiment, one data set

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 KINDS = [("draw", "hyperschedule"), ("draw", "visibility"), ("draw", "loss"), ("bench", "train"), ("bench", "sample")]
 FLAGS = {
     ("prepare",): ["--config", "--data", "--out"],
-    ("train",): ["--config", "--workdir"],
+    ("train",): ["--config", "--init", "--workdir"],
+    ("import",): ["--workdir", "--tokenizer"],
+    ("export",): ["--format", "--weights"],
     ("evaluate",): ["--run", "--text", "--draws", "--batch", "--windows", "--seed", "--weights", "--json"],
     ("sample",): [
         *("--run", "--num", "--prompt", "--length", "--seed", "--weights", "--out"),
