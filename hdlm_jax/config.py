@@ -48,8 +48,8 @@ def default() -> ConfigDict:
             "dropout": 0.1,
             "prediction": "aligned",  # 'aligned' (row i predicts token i) | 'shifted' (row i - 1 does)
             "visibility": "full",  # 'full' | 'prefix' (settled rows causal, window sees settled + itself)
-            "context": "causal",  # among settled rows
-            "context_group": 1,  # settled rows see whole groups of so many; above 1 nothing is cached
+            "context_group": 1,  # settled rows see whole groups of so many; 1: causal
+            "inexact_context": False,  # allow groups that no cache holds exactly (generation then feeds all rows)
             "conditioning": 0,  # width of the noise-level embedding; 0 = the network does not see it
             "interpolation": 0.0,  # drift of the input embedding to the mask's, e^{-interpolation sigma}
             "rotary_base": 10_000.0,
@@ -111,6 +111,7 @@ def default() -> ConfigDict:
             "temperature": 1.0,
             "top_p": 1.0,
             "top_k": 0,  # 0 = off
+            "cache_dtype": "",  # of keys and values: 'float32' | 'bfloat16' | '' (that of the activations)
             "untrained_correction": False,  # allow acs for a run trained on epsilon_nelbo (it never saw tokens)
         }
     )

@@ -28,7 +28,7 @@ def measure(config: ConfigDict, num_tokens: int, hs: Hyperschedule, batch: int, 
     """
     parts, params = _network(config, num_tokens)
     chain = sampling.chain(parts, hs, config.sampler)
-    texts = batch * hs.length
+    texts, kept = batch * hs.length, jnp.dtype(chain.cache_dtype or parts.model.dtype)
     full = parts.model.visibility == "full"
     time = seconds(_generation(chain, params, batch, hs.num_steps, full), repeats)
     step = seconds(_generation(chain, params, batch, RECOMPUTED_STEPS, True), repeats) / RECOMPUTED_STEPS
@@ -53,7 +53,7 @@ def measure(config: ConfigDict, num_tokens: int, hs: Hyperschedule, batch: int, 
     ar_time = seconds(_generation(ar, params, batch, hs.length, False), repeats)
     return row | {
         "rows/call": rows,
-        "cache bytes": cache.num_bytes(parts.model, batch, hs.length, jnp.float32),
+        "cache bytes": cache.num_bytes(parts.model, batch, hs.length, kept),
         "cache attention": attending / (time / hs.num_steps),
         "x quenched": ar_time / time,
     }
@@ -71,18 +71,18 @@ def _generation(chain: loop.Chain, params: dict, batch: int, steps: int, recompu
     length = chain.hs.length
     rng_B = jax.random.split(jax.random.key(2), batch)
     x_BxL = jnp.full((batch, length), chain.process.mask, jnp.int32)
-    origin_B = jnp.zeros(batch, jnp.int32)
+    given_BxL = jnp.zeros((batch, length), bool)
     run = functools.partial(_recomputed, chain, steps) if recomputed else functools.partial(_cached, chain)
     run = jax.jit(run)
-    return lambda: run(params, rng_B, x_BxL, origin_B)
+    return lambda: run(params, rng_B, x_BxL, given_BxL)
 
 
-def _cached(chain, params, rng_B, x_BxL, origin_B) -> Array:
-    return loop.cached(chain, params, rng_B, x_BxL, origin_B, longest_prompt=0)[0]
+def _cached(chain, params, rng_B, x_BxL, given_BxL) -> Array:
+    return loop.cached(chain, params, rng_B, x_BxL, given_BxL, longest_prompt=0)[0]
 
 
-def _recomputed(chain, steps, params, rng_B, x_BxL, origin_B) -> Array:
-    return loop.recomputed(chain, params, rng_B, x_BxL, origin_B, steps=steps)[0]
+def _recomputed(chain, steps, params, rng_B, x_BxL, given_BxL) -> Array:
+    return loop.recomputed(chain, params, rng_B, x_BxL, given_BxL, steps=steps)[0]
 
 
 def _cache_attention(model: transformer.TransformerConfig, batch: int, rows: int, slots: int):

@@ -58,8 +58,8 @@ class Law(NamedTuple):
 def excess(r: Array) -> Array:
     """e^r - 1 - r >= 0, without cancellation at small r.
 
-    >>> excess(jnp.array([0.0, 0.01, 1.0])).round(7).tolist()
-    [0.0, 5.0200000259792432e-05, 0.7182819247245789]
+    >>> [f"{x:.5g}" for x in excess(jnp.array([0.0, 0.01, 1.0]))]
+    ['0', '5.0167e-05', '0.71828']
     """
     series = jnp.zeros_like(r)
     for n in range(9, 1, -1):  # the sum of r^n / n! from n = 2 on

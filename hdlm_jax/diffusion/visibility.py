@@ -68,6 +68,23 @@ def one_text(query, key, start, stop, group: int = 1):
     return settled | active | (query == key)
 
 
+def sees_runs(start, stop, offset: int, key):
+    """A row by its two runs of keys: [0, start) and [offset + start, offset + stop).
+
+    The tiled layout in this form, clean rows 0..L-1 before noised ones: `offset` L, a noised row's runs are those of
+    its window, and a clean row r has start = stop = r + 1.
+
+    >>> import numpy as np
+    >>> start, stop = np.array([[1], [2], [0], [1]]), np.array([[1], [2], [1], [2]])
+    >>> sees_runs(start, stop, 2, np.arange(4)[None]).astype(int)
+    array([[1, 0, 0, 0],
+           [1, 1, 0, 0],
+           [0, 0, 1, 0],
+           [1, 0, 0, 1]])
+    """
+    return (key < start) | ((key >= offset + start) & (key < offset + stop))
+
+
 @functools.cache
 def trailing_row_matters(hs: Hyperschedule, schedule: NoiseSchedule) -> bool:
     """Whether a window's last token can be anything but pure noise, so that a shifted model must feed it.
@@ -79,6 +96,31 @@ def trailing_row_matters(hs: Hyperschedule, schedule: NoiseSchedule) -> bool:
         keeps = float(schedule.alpha(jnp.ones(()))) > 0
     fresh = hs.tau_max == 1 or (hs.kind == "slide" and hs.rate >= 1)
     return keeps or not fresh
+
+
+@functools.cache
+def groups_settle_whole(hs: Hyperschedule, group: int) -> bool:
+    """Whether every window starts where a group of rows does, so that the groups before it are settled for good.
+
+    >>> from hdlm_jax.diffusion.hyperschedules import block, slide
+    >>> [groups_settle_whole(hs, 4) for hs in (block(16, 8, 2), slide(16, 8, 4), slide(16, 8, 2))]
+    [True, True, False]
+    """
+    return group == 1 or all(hs.window(step)[0] % group == 0 for step in range(hs.num_steps))
+
+
+def check_context(hs: Hyperschedule, group: int) -> None:
+    """Refuses groups of settled rows that do not settle together: what a cache holds of them would change.
+
+    Raises:
+      UserError: naming the groups that fit, and the way without a cache.
+    """
+    if not groups_settle_whole(hs, group):
+        fitting = [str(g) for g in range(1, hs.width + 1) if groups_settle_whole(hs, g)]
+        raise UserError(
+            f"model.context_group: got {group} under {hs.describe()}; allowed: {', '.join(fitting)} (every window must"
+            " start where a group does), or model.inexact_context=true (no cache: all rows are fed in every call)"
+        )
 
 
 def check_sampling(visibility: str, trained_width: int, hs: Hyperschedule) -> None:

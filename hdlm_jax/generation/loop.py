@@ -4,8 +4,10 @@ Two loops draw from the same chain. `recomputed` feeds all rows at every step: t
 models, and the slow twin of `cached`. `cached` feeds only the rows settled by the last call and the
 window: the loop of `prefix` models, at a cost per token that does not grow with the text.
 
-Positions are relative to each row's origin, the length of its prompt. Letters: B texts, L positions,
-W window rows, C settling rows fed with a window, S cache slots, T steps.
+What is given stays: the tokens marked in given_BxL. The hyperschedule starts at each text's origin, the end of its
+prompt (`origins`); given tokens behind it are clean rows of the window that no step changes.
+
+Letters: B texts, L positions, W window rows, C settling rows fed with a window, S cache slots, T steps.
 """
 
 import functools
@@ -40,6 +42,7 @@ class Chain(NamedTuple):
     process: NoisingProcess
     reverse: ReverseStep
     shape_logits: Callable[[Array], Array] = lambda scores: scores  # temperature, top-k, top-p
+    cache_dtype: str = ""  # of keys and values; '' is that of the activations
 
     def alpha(self, level: Array) -> Array:
         """Survival of levels."""
@@ -55,7 +58,7 @@ def recomputed(
     params: dict,
     rng_B: Array,
     x_BxL: Array,
-    origin_B: Array,
+    given_BxL: Array,
     record: bool = False,
     steps: int | None = None,
 ) -> tuple[Array, Array | None]:
@@ -65,8 +68,8 @@ def recomputed(
       chain: the chain.
       params: network parameters.
       rng_B: one PRNG key per text: a text does not depend on the batch it is in.
-      x_BxL: int32; the first origin[b] tokens are the prompt, the rest noise of the prior.
-      origin_B: int32 prompt lengths.
+      x_BxL: int32; what is given, and noise of the prior.
+      given_BxL: bool; the tokens that stay.
       record: also return the tokens after every step.
       steps: stop after so many (default: all).
 
@@ -75,7 +78,7 @@ def recomputed(
     """
 
     def body(x, step):
-        phase, scores = recomputed_logits(chain, params, x, origin_B, step)
+        phase, scores = recomputed_logits(chain, params, x, given_BxL, step)
         x = _reverse(chain, rng_B, step, x, scores, phase.alpha_t, phase.alpha_s)
         return x, (x if record else None)
 
@@ -83,11 +86,14 @@ def recomputed(
 
 
 def recomputed_logits(
-    chain: Chain, params: dict, x_BxL: Array, origin_B: Array, step: Array
+    chain: Chain, params: dict, x_BxL: Array, given_BxL: Array, step: Array
 ) -> tuple[phases.Phase, Array]:
     """The phase of `step` and the scores [B, L, V] of all rows (meaningful at active positions)."""
+    origin_B = origins(chain, given_BxL)
     step_B = jnp.broadcast_to(step, origin_B.shape)
     phase = phases.at_step(step_B, origin_B, x_BxL.shape[1], chain.hs, chain.schedule, chain.process.alpha_max)
+    alphas = (jnp.where(given_BxL, 1.0, alpha) for alpha in (phase.alpha_t, phase.alpha_s))
+    phase = phase._replace(**dict(zip(("alpha_t", "alpha_s"), alphas, strict=True)))
     rows = layouts.plain(chain.config, x_BxL, phase, trailing_row(chain))
     hidden, _ = forward(
         chain.config, params, rows.tokens, rows.positions, rows.attention, sigma_BxR=chain.sigma(rows.alpha)
@@ -101,29 +107,36 @@ def cached(
     params: dict,
     rng_B: Array,
     x_BxL: Array,
-    origin_B: Array,
+    given_BxL: Array,
     longest_prompt: int,
     record: bool = False,
-    cache_dtype=None,
 ) -> tuple[Array, Array | None]:
     """Generates with the exact cache; arguments and results as `recomputed`.
 
     Args:
-      longest_prompt: static upper bound of origin_B.
-      cache_dtype: of keys and values (default: that of the activations).
+      longest_prompt: static upper bound of the origins.
     """
     params = unstacked(chain.config, params)
     plan = _plan(chain, x_BxL.shape[1], longest_prompt)
-    dtype = cache_dtype or (params["embedding"].dtype if chain.config.dtype == "float32" else chain.config.dtype)
+    dtype = chain.cache_dtype or (params["embedding"].dtype if chain.config.dtype == "float32" else chain.config.dtype)
     cache = kv_cache.empty(chain.config, x_BxL.shape[0], plan[0].slots, dtype)
     if longest_prompt:
         cache = _prefill(chain, params, cache, x_BxL, longest_prompt)
     history = []
     for segment in plan:
         carry = (x_BxL, kv_cache.grow(cache, segment.slots))
-        (x_BxL, cache), tokens = _run(chain, params, rng_B, origin_B, segment, carry, record)
+        (x_BxL, cache), tokens = _run(chain, params, rng_B, given_BxL, segment, carry, record)
         history.append(tokens)
     return x_BxL, (jnp.concatenate(history) if record else None)
+
+
+def origins(chain: Chain, given_BxL: Array) -> Array:
+    """int32 [B]: where generation starts, behind the tokens given at the front.
+
+    Where settled rows see whole groups, the last group of a prompt may lack tokens: it is generated with the window.
+    """
+    group = 1 if chain.config.inexact_context else chain.config.context_group
+    return jnp.cumprod(given_BxL.astype(jnp.int32), axis=1).sum(1) // group * group
 
 
 def granularity(length: int) -> int:
@@ -165,8 +178,8 @@ def _settles_at_once(hs: Hyperschedule) -> bool:
     return hs.kind == "block"
 
 
-def _run(chain, params, rng_B, origin_B, segment, carry, record):
-    call = functools.partial(_call, chain, params, rng_B, origin_B, record)
+def _run(chain, params, rng_B, given_BxL, segment, carry, record):
+    call = functools.partial(_call, chain, params, rng_B, given_BxL, record)
     steps = jnp.arange(segment.first, segment.end)
     if not _settles_at_once(chain.hs):
         return jax.lax.scan(functools.partial(call, settling_rows(chain)), carry, steps)
@@ -201,19 +214,19 @@ def trailing_row(chain: Chain) -> bool:
     return chain.config.prediction == "shifted" and visibility.trailing_row_matters(chain.hs, chain.schedule)
 
 
-def _call(chain, params, rng_B, origin_B, record, settling, carry, step):
+def _call(chain, params, rng_B, given_BxL, record, settling, carry, step):
     """One call: settled rows enter the cache, the window moves one step."""
     x_BxL, cache = carry
-    scores, cache = window_logits(chain, params, cache, x_BxL, origin_B, step, settling)
+    scores, cache = window_logits(chain, params, cache, x_BxL, given_BxL, step, settling)
     relative_W = chain.hs.window(step)[0] + jnp.arange(chain.hs.width)
     level_W = chain.hs.level_of(relative_W, step)
     next_W = chain.hs.level_of(relative_W, step + 1)
-    place_BxW = origin_B[:, None] + relative_W[None, :]
+    place_BxW = origins(chain, given_BxL)[:, None] + relative_W[None, :]
+    at = lambda y_BxL: jnp.take_along_axis(y_BxL, place_BxW, 1, mode="clip")
     inside_BxW = (place_BxW < x_BxL.shape[1]) & (relative_W < chain.hs.window(step)[1])[None, :]
-    alpha_t = jnp.broadcast_to(chain.alpha(level_W)[None], place_BxW.shape)
-    alpha_s = jnp.where(inside_BxW, chain.alpha(next_W)[None], alpha_t)
-    z_BxW = jnp.take_along_axis(x_BxL, place_BxW, 1, mode="clip")
-    z_BxW = _reverse(chain, rng_B, step, z_BxW, scores, alpha_t, alpha_s)
+    alpha_t = jnp.where(at(given_BxL), 1.0, chain.alpha(level_W)[None])
+    alpha_s = jnp.where(inside_BxW & ~at(given_BxL), chain.alpha(next_W)[None], alpha_t)
+    z_BxW = _reverse(chain, rng_B, step, at(x_BxL), scores, alpha_t, alpha_s)
     place_BxW = jnp.where(inside_BxW, place_BxW, x_BxL.shape[1])
     x_BxL = x_BxL.at[jnp.arange(x_BxL.shape[0])[:, None], place_BxW].set(z_BxW, mode="drop")
     return (x_BxL, cache), (x_BxL if record else None)
@@ -224,7 +237,7 @@ def window_logits(
     params: dict,
     cache: kv_cache.Cache,
     x_BxL: Array,
-    origin_B: Array,
+    given_BxL: Array,
     step: Array,
     settling: int,
 ) -> tuple[Array, kv_cache.Cache]:
@@ -233,7 +246,7 @@ def window_logits(
     Row layout: C settling rows, W window rows, one trailing row where it matters. Rows before position
     0, past the text or past the window see only themselves.
     """
-    config, hs = chain.config, chain.hs
+    config, hs, origin_B = chain.config, chain.hs, origins(chain, given_BxL)
     start, stop = hs.window(step)
     W, trailing = hs.width, trailing_row(chain)
     offset_R = jnp.arange(-settling, W + trailing)
@@ -242,12 +255,14 @@ def window_logits(
     end_B = jnp.minimum(stop + origin_B, x_BxL.shape[1]) + trailing
     live_BxR = (row_BxR >= 0) & (row_BxR < end_B[:, None])
     shift = config.prediction == "shifted"
-    held_BxR = jnp.take_along_axis(x_BxL, row_BxR - shift, 1, mode="clip")
+    held = lambda y_BxL: jnp.take_along_axis(y_BxL, row_BxR - shift, 1, mode="clip")
+    held_BxR = held(x_BxL)
     if shift:
         held_BxR = jnp.where(row_BxR == 0, config.bos_id, held_BxR)
     window_R = offset_R >= 0
-    alpha_R = chain.alpha(hs.level_of(relative_R - shift, step))
-    sees_RxR = jnp.where(window_R[:, None], True, visibility.settled_sees(offset_R[:, None], offset_R[None, :]))
+    alpha_BxR = jnp.where(held(given_BxL), 1.0, chain.alpha(hs.level_of(relative_R - shift, step))[None])
+    settled = visibility.settled_sees(relative_R[:, None], relative_R[None, :], config.context_group)
+    sees_RxR = jnp.where(window_R[:, None], True, settled)
     own_RxR = offset_R[:, None] == offset_R[None, :]
     visible = (live_BxR[:, :, None] & live_BxR[:, None, :] & sees_RxR[None]) | own_RxR[None]
     slot_S = jnp.arange(kv_cache.num_slots(cache))
@@ -259,7 +274,7 @@ def window_logits(
         held_BxR,
         layouts.row_positions(config, row_BxR),
         cached_attention(past, visible),
-        sigma_BxR=chain.sigma(jnp.broadcast_to(alpha_R[None], row_BxR.shape)),
+        sigma_BxR=chain.sigma(alpha_BxR),
         rotary=rotary_rows(config, params, x_BxL.shape[1], layouts.row_positions(config, row_BxR)),
         past=cache,
         return_kv=True,
@@ -271,14 +286,14 @@ def window_logits(
 
 
 def _prefill(chain, params, cache, x_BxL, longest_prompt):
-    """Settles the prompts in one causal pass; slots past a shorter prompt are rewritten before they are seen."""
+    """Settles the prompts in one pass; slots past a shorter prompt are rewritten before they are seen."""
     config = chain.config
     row_P = jnp.arange(longest_prompt)
     tokens = layouts.held(config, x_BxL, longest_prompt, config.bos_id)
     positions = jnp.broadcast_to(layouts.row_positions(config, row_P)[None], tokens.shape)
-    causal = visibility.settled_sees(row_P[:, None], row_P[None, :])[None]
+    settled = visibility.settled_sees(row_P[:, None], row_P[None, :], config.context_group)[None]
     clean = chain.sigma(jnp.ones(tokens.shape, params["embedding"].dtype))
-    _, rows = forward(config, params, tokens, positions, dense(causal), sigma_BxR=clean, return_kv=True)
+    _, rows = forward(config, params, tokens, positions, dense(settled), sigma_BxR=clean, return_kv=True)
     cache = kv_cache.grow(cache, max(kv_cache.num_slots(cache), longest_prompt))
     return kv_cache.write(cache, rows, jnp.broadcast_to(row_P[None], tokens.shape))
 

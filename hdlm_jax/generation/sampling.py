@@ -13,7 +13,7 @@ from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.diffusion import scores, visibility
 from hdlm_jax.diffusion.categorical import filter_logits
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
-from hdlm_jax.errors import UserError, require
+from hdlm_jax.errors import UserError, choose, require
 from hdlm_jax.generation import loop
 from hdlm_jax.models.parts import Parts, build_reverse
 
@@ -44,6 +44,8 @@ def chain(parts: Parts, hs: Hyperschedule, sampler: ConfigDict) -> loop.Chain:
         sampler, a dial out of range, corrections by a network that was not trained to make them.
     """
     visibility.check_sampling(parts.model.visibility, parts.hs.width, hs)
+    if parts.model.visibility == "prefix" and not parts.model.inexact_context:
+        visibility.check_context(hs, parts.model.context_group)
     given = int((hs.starts < 0).sum())
     require(given == 0, "hyperschedule", f"{given} given positions", "none: what is given comes as the prompt's text")
     return _chain(parts, hs, tuple(sorted(sampler.items())))
@@ -65,18 +67,17 @@ def draw(
     """
     require(len(prompts) > 0, "prompt", prompts, "at least one text")
     x_BxL = np.zeros((len(prompts), length), np.int32)
-    origin_B = np.zeros(len(prompts), np.int32)
+    prompt_B = np.zeros(len(prompts), np.int32)
     for i, text in enumerate(prompts):
         ids = tokenizer.encode(text) if text else x_BxL[i, :0]
         require(len(ids) < length, "prompt", f"{len(ids)} tokens", f"fewer than the text's {length} tokens")
-        x_BxL[i, : len(ids)], origin_B[i] = ids, len(ids)
+        x_BxL[i, : len(ids)], prompt_B[i] = ids, len(ids)
     prior_rng, rng = jax.random.split(jax.random.key(seed))
     noise = chain.process.prior(prior_rng, x_BxL.shape, chain.alpha(jnp.asarray(chain.hs.tau_max)))
-    given = np.arange(length)[None, :] < origin_B[:, None]
-    x_BxL = jnp.where(given, x_BxL, noise).astype(jnp.int32)
+    given_BxL = np.arange(length)[None, :] < prompt_B[:, None]
+    x_BxL = jnp.where(given_BxL, x_BxL, noise).astype(jnp.int32)
     rng_B = jax.random.split(rng, len(prompts))
-    longest = int(origin_B.max())
-    tokens, history = _run(chain, longest, record, params, rng_B, x_BxL, jnp.asarray(origin_B))
+    tokens, history = _run(chain, int(prompt_B.max()), record, params, rng_B, x_BxL, jnp.asarray(given_BxL))
     tokens = np.asarray(tokens)
     texts = [tokenizer.decode(row, end_of_text="\n") for row in tokens]
     return Generation(texts, tokens, None if history is None else np.asarray(history), chain.hs)
@@ -96,12 +97,13 @@ def _chain(parts: Parts, hs: Hyperschedule, sampler: tuple) -> loop.Chain:
             allowed = f"{off}: this network learned scores, which are rates and no probabilities of tokens"
             require(s[name] == off, f"sampler.{name}", s[name], allowed)
     reverse = build_reverse(s, parts.process, parts.loss.reading)
+    choose("sampler.cache_dtype", s.cache_dtype, dict.fromkeys(("", "float32", "bfloat16")))
     shape = functools.partial(filter_logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
-    return loop.Chain(parts.model, hs, parts.schedule, parts.process, reverse, shape)
+    return loop.Chain(parts.model, hs, parts.schedule, parts.process, reverse, shape, s.cache_dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(chain: loop.Chain, longest_prompt: int, record: bool, params, rng_B, x_BxL, origin_B):
-    if chain.config.visibility == "full" or chain.config.context_group > 1:  # settled rows change: nothing to cache
-        return loop.recomputed(chain, params, rng_B, x_BxL, origin_B, record)
-    return loop.cached(chain, params, rng_B, x_BxL, origin_B, longest_prompt, record)
+def _run(chain: loop.Chain, longest_prompt: int, record: bool, params, rng_B, x_BxL, given_BxL):
+    if chain.config.visibility == "full" or chain.config.inexact_context:  # settled rows may change: nothing to cache
+        return loop.recomputed(chain, params, rng_B, x_BxL, given_BxL, record)
+    return loop.cached(chain, params, rng_B, x_BxL, given_BxL, longest_prompt, record)

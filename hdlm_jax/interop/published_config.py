@@ -223,7 +223,7 @@ def _hyperschedule(p: Published, L: int, shifted: bool) -> tuple[dict[str, Any],
     context = p.one_of("annealing.attention.context_type", ("causal", "block_causal", "full"), "causal")
     group = {"causal": 1, "block_causal": width + shifted, "full": L + shifted}[context]
     if group > 1:
-        fields["model.context_group"] = group
+        fields |= {"model.context_group": group, "model.inexact_context": True}
         notes.append(
             f"settled rows see whole groups of {group} rows ({context}), so a settled row changes while others settle:"
             " generation feeds all rows at every call, without a cache"

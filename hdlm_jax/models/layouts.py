@@ -86,7 +86,7 @@ def plain(config: TransformerConfig, zt_BxL: Array, phase: Phase, trailing: bool
 def tiled(config: TransformerConfig, x0_BxL: Array, zt_BxL: Array, phase: Phase, width: int, windows: int = 0) -> Rows:
     """A clean and a noised copy of each text: the windows of one phase lie side by side.
 
-    Rows 0..L-1 are the clean copy (causal); rows L..2L-1 the noised one, where row L + r predicts token
+    Rows 0..L-1 are the clean copy (causal, or by groups); rows L..2L-1 the noised one, where row L + r predicts token
     r inside its window; then, for shifted models whose windows end in a token that may carry
     information, `windows` trailing rows, one per window.
 
@@ -117,7 +117,7 @@ def tiled(config: TransformerConfig, x0_BxL: Array, zt_BxL: Array, phase: Phase,
         jnp.concatenate(tokens, 1),
         jnp.concatenate(positions, 1),
         jnp.concatenate(alphas, 1),
-        _tiled_attention(phase.start, trailing_start, width),
+        _tiled_attention(phase.start, trailing_start, width, config.context_group),
         (L, 2 * L),
     )
 
@@ -156,14 +156,14 @@ def most_windows(hs: Hyperschedule) -> int:
     return min(hs.length, groups if hs.kind == "block" else hs.length // hs.width + 2 * groups + 1)
 
 
-def tiled_visible(start_BxL: Array, trailing_start_BxW: Array | None = None) -> Array:
+def tiled_visible(start_BxL: Array, trailing_start_BxW: Array | None = None, group: int = 1) -> Array:
     """The whole mask of the tiled layout, bool [B, R, R]: what split attention computes piecewise."""
     L = start_BxL.shape[1]
     row_L = jnp.arange(L)
     start = start_BxL
     if trailing_start_BxW is not None:
         start = jnp.concatenate([start_BxL, trailing_start_BxW], 1)
-    causal = visibility.settled_sees(row_L[:, None], row_L[None, :])
+    causal = visibility.settled_sees(row_L[:, None], row_L[None, :], group)
     context = visibility.active_sees_settled(start[:, :, None], row_L[None, None, :])
     window = visibility.active_sees_active(start[:, :, None], start[:, None, :])
     B, N = start.shape
@@ -171,11 +171,11 @@ def tiled_visible(start_BxL: Array, trailing_start_BxW: Array | None = None) -> 
     return jnp.concatenate([top, jnp.concatenate([context, window], 2)], 1)
 
 
-def _tiled_attention(start_BxL: Array, trailing_start_BxW: Array | None, width: int) -> Attention:
-    """Clean rows: L x L causal. Active rows: L x (L + a band of three chunks), one softmax."""
+def _tiled_attention(start_BxL: Array, trailing_start_BxW: Array | None, width: int, group: int) -> Attention:
+    """Clean rows: L x L causal, by groups. Active rows: L x (L + a band of three chunks), one softmax."""
     L = start_BxL.shape[1]
     row_L = jnp.arange(L)
-    causal = visibility.settled_sees(row_L[:, None], row_L[None, :])[None]
+    causal = visibility.settled_sees(row_L[:, None], row_L[None, :], group)[None]
     context = visibility.active_sees_settled(start_BxL[:, :, None], row_L[None, None, :])
     chunk = max(width, MIN_CHUNK)
     banded = 3 * chunk < L

@@ -18,6 +18,7 @@ from hdlm_jax.diffusion.losses import Loss
 from hdlm_jax.diffusion.noise_schedules import NoiseSchedule
 from hdlm_jax.diffusion.noising import NoisingProcess
 from hdlm_jax.diffusion.reverse import ReverseStep
+from hdlm_jax.diffusion.visibility import check_context
 from hdlm_jax.errors import UserError, choose, require
 from hdlm_jax.models.transformer import TransformerConfig
 
@@ -199,7 +200,8 @@ def choose_layout(model: TransformerConfig, hs: Hyperschedule, process: NoisingP
     """How a batch is laid out in training and evaluation.
 
     Raises:
-      UserError: a `full` model under a hyperschedule that only a `prefix` model is trained under.
+      UserError: a `full` model under a hyperschedule that only a `prefix` model is trained under; groups of
+        settled rows that the hyperschedule does not settle together.
     """
     if model.visibility == "full":
         if hs.kind != "flat":
@@ -208,4 +210,6 @@ def choose_layout(model: TransformerConfig, hs: Hyperschedule, process: NoisingP
                 " sample under any order), or model.visibility 'prefix'"
             )
         return "continuous" if process.name in bounds.CONTINUOUS else "plain"
-    return "tiled" if hs.period is not None and model.context_group == 1 else "plain"
+    if not model.inexact_context:
+        check_context(hs, model.context_group)
+    return "tiled" if hs.period is not None and not model.inexact_context else "plain"

@@ -38,8 +38,8 @@ class TransformerConfig:
     dropout: float = 0.1  # of attention probabilities and of both residual branches
     prediction: str = "aligned"  # 'aligned' | 'shifted'
     visibility: str = "full"  # 'full' | 'prefix'
-    context: str = "causal"  # attention among settled rows
-    context_group: int = 1  # ... by groups of so many rows, each seen whole by its own
+    context_group: int = 1  # settled rows see whole groups of so many; 1 is causal
+    inexact_context: bool = False  # allow groups that no cache holds exactly: generation then feeds all rows
     bos_id: int | None = None  # token before position 0 of a shifted model
     conditioning: int = 0  # C; 0: the network does not see the noise level
     interpolation: float = 0.0  # gamma of the embedding's drift to the mask, e^{-gamma sigma}
@@ -95,7 +95,6 @@ class TransformerConfig:
 CHOICES = {
     "prediction": ("aligned", "shifted"),
     "visibility": ("full", "prefix"),
-    "context": ("causal",),
     "remat": ("none", "full"),
     "dtype": ("float32", "bfloat16", "float64"),
 }
@@ -262,14 +261,9 @@ class Transformer(nn.Module):
         return self.sigma_out(nn.silu(self.sigma_in(sigma_features(sigma_BxR))))
 
     def scores(self, hidden_BxRxD: Array) -> Array:
-        """Float32 scores [B, R, padded V]; -inf at the mask, which is never predicted, and at the padding."""
-        c = self.config
-        kernel = self.head_kernel.astype(hidden_BxRxD.dtype)
-        wide = jnp.promote_types(hidden_BxRxD.dtype, jnp.float32)
-        out = jnp.einsum("brd,dv->brv", hidden_BxRxD, kernel, preferred_element_type=wide)
-        ordinary = jnp.arange(c.padded_vocabulary) < c.num_tokens
-        bias = jnp.where(ordinary, self.head_bias, -jnp.inf)
-        return out + bias[None, None, :]
+        """`logits`, padded, of the model's own head."""
+        head = {"head_kernel": self.head_kernel, "head_bias": self.head_bias}
+        return logits(self.config, head, hidden_BxRxD, padded=True)
 
 
 def _activation_dtype(config: TransformerConfig, params: Array) -> jnp.dtype:
@@ -332,10 +326,15 @@ def forward(
 def logits(config: TransformerConfig, params: dict, hidden_BxRxD: Array, padded: bool = False) -> Array:
     """Float32 scores [B, R, V] over ordinary tokens; -inf at the mask, which is never predicted.
 
-    With `padded` the head's own columns, [B, R, >= V]: more of -inf, and one copy less.
+    Of `params` only `head_kernel` and `head_bias` are read. With `padded` the head's own columns, [B, R, >= V]: more
+    of -inf, and one copy less.
     """
-    scores = Transformer(config).apply({"params": params}, hidden_BxRxD, method="scores")
-    return scores if padded else scores[..., : config.vocabulary]
+    kernel_DxV = params["head_kernel"].astype(hidden_BxRxD.dtype)
+    wide = jnp.promote_types(hidden_BxRxD.dtype, jnp.float32)
+    scores_BxRxV = jnp.einsum("brd,dv->brv", hidden_BxRxD, kernel_DxV, preferred_element_type=wide)
+    ordinary_V = jnp.arange(config.padded_vocabulary) < config.num_tokens
+    scores_BxRxV += jnp.where(ordinary_V, params["head_bias"], -jnp.inf)[None, None, :]
+    return scores_BxRxV if padded else scores_BxRxV[..., : config.vocabulary]
 
 
 def unstacked(config: TransformerConfig, params: dict) -> dict:

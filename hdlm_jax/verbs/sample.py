@@ -29,6 +29,7 @@ def add_arguments(parser):
     sampler.add_argument("--temperature", type=float, help="of the network's scores; 0 is greedy")
     sampler.add_argument("--top-p", type=float, help="keep the fewest tokens whose mass reaches this")
     sampler.add_argument("--top-k", type=int, help="keep so many tokens; 0 is off")
+    sampler.add_argument("--cache-dtype", help="of cached keys and values: 'float32' or 'bfloat16'")
     hs = parser.add_argument_group("hyperschedule (default: the experiment's)")
     hs.add_argument("--hyperschedule", help="'quenched', 'flat', 'block', 'slide', 'block_slide'")
     hs.add_argument("--steps", type=int, help="flat: model calls")
@@ -44,7 +45,7 @@ def run(args) -> int:
 
     require(0 <= args.seed < 2**32, "--seed", args.seed, f"a whole number from 0 to {2**32 - 1}")
     require(args.num >= 1, "--num", args.num, "a positive integer")
-    names = ("eta", "temperature", "top_p", "top_k", "steps", "width", "rate", "block")
+    names = ("eta", "temperature", "top_p", "top_k", "cache_dtype", "steps", "width", "rate", "block")
     dials = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     model = lm.load(args.folder, args.weights)
     out = model.generate(

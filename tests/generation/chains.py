@@ -59,6 +59,11 @@ def relative_positions(origins=ORIGINS):
     return np.arange(L)[None] - np.array(origins)[:, None]
 
 
+def given(origins=ORIGINS):
+    """The prompts' tokens, bool [B, L]."""
+    return jnp.asarray(relative_positions(origins) < 0)
+
+
 def levels_of_texts(hs, origins=ORIGINS):
     """Level of every position of every text at every step, [T + 1, B, L], from the table of levels."""
     relative_BxL = relative_positions(origins)
@@ -88,13 +93,14 @@ def generate(chain, params, origins=ORIGINS, rows=slice(None), cached=True, **op
     if cached:
         options["longest_prompt"] = max(origins[rows])
     run = functools.partial(loop.cached if cached else loop.recomputed, chain, record=True, **options)
-    inputs = (keys(len(origins)), prior_texts(chain.process, origins), jnp.array(origins, jnp.int32))
+    inputs = (keys(len(origins)), prior_texts(chain.process, origins), given(origins))
     return [np.asarray(x) for x in jit(run)(params, *(x[rows] for x in inputs))]
 
 
 def score_every_step(chain, params, x_TxBxL, origins=ORIGINS, dtype=None):
     """Scores of every call's window, cached and recomputed [T, B, W, N], and which rows count [T, B, W]."""
-    hs, origin_B, settling = chain.hs, jnp.array(origins, jnp.int32), loop.settling_rows(chain)
+    hs, given_BxL, settling = chain.hs, given(origins), loop.settling_rows(chain)
+    origin_B = loop.origins(chain, given_BxL)
 
     def run(params, x_TxBxL):
         per_block = unstacked(chain.config, params)
@@ -104,8 +110,8 @@ def score_every_step(chain, params, x_TxBxL, origins=ORIGINS, dtype=None):
 
         def body(cache, inputs):
             step, x_BxL = inputs
-            fast, cache = loop.window_logits(chain, per_block, cache, x_BxL, origin_B, step, settling)
-            _, slow = loop.recomputed_logits(chain, params, x_BxL, origin_B, step)
+            fast, cache = loop.window_logits(chain, per_block, cache, x_BxL, given_BxL, step, settling)
+            _, slow = loop.recomputed_logits(chain, params, x_BxL, given_BxL, step)
             relative_W = hs.window(step)[0] + jnp.arange(hs.width)
             place_BxW = origin_B[:, None] + relative_W[None]
             counts = (place_BxW < L) & (relative_W < hs.window(step)[1])[None]

@@ -22,6 +22,7 @@ from tests.generation.chains import (
     assert_scores_agree,
     chain_of,
     generate,
+    given,
     greedy_absorb,
     jit,
     keys,
@@ -45,6 +46,8 @@ FEW = {
     "half a token a call": chain_of(slide(L, 3, "1/2"), "shifted", conditioning=8),
     "one window": chain_of(slide(L, L, 4), "shifted"),
     "block_slide": chain_of(block_slide(L, 5, 3, "3/2"), conditioning=8),
+    "two groups a block": chain_of(block(L, 6, 3), "shifted", context_group=3),
+    "a group a call": chain_of(slide(L, 4, 2), conditioning=8, context_group=2),
 }
 TRAILING = chain_of(slide(L, 4, 2), "shifted", schedule=KEEPS_SOME)
 
@@ -107,14 +110,14 @@ def test_a_cache_in_bfloat16_is_near():
 
 @pytest.mark.parametrize(
     ("activations", "option", "kept"),
-    [("float32", None, "float32"), ("bfloat16", None, "bfloat16"), ("float32", jnp.bfloat16, "bfloat16")],
+    [("float32", "", "float32"), ("bfloat16", "", "bfloat16"), ("float32", "bfloat16", "bfloat16")],
 )
 def test_keys_and_values_are_kept_in_the_dtype_of_the_activations_or_as_asked(activations, option, kept, monkeypatch):
     caches, empty = [], kv_cache.empty
     monkeypatch.setattr(kv_cache, "empty", lambda *sizes: caches.append(empty(*sizes)) or caches[-1])
     chain = chain_of(slide(L, 4, 2), dtype=activations)
-    run = functools.partial(loop.cached, chain, longest_prompt=7, cache_dtype=option)
-    jax.eval_shape(run, random_params(chain.config), keys(3), prior_texts(ABSORB), jnp.array(ORIGINS, jnp.int32))
+    run = functools.partial(loop.cached, chain._replace(cache_dtype=option), longest_prompt=7)
+    jax.eval_shape(run, random_params(chain.config), keys(3), prior_texts(ABSORB), given())
     assert {x.dtype for x in jax.tree.leaves(caches)} == {jnp.dtype(kept)}
 
 
@@ -352,7 +355,7 @@ def assert_follows_the_data_law(visibility, hs, epsilon, epsilon_of_other, eta, 
     process, texts = noising.epsilon_hybrid(3, epsilon), 10_000
     chain = chain_of(hs, process=process, sampler=reverse.acs(process, eta), visibility=visibility, blocks=1)
     run = functools.partial(loop.cached, longest_prompt=0) if visibility == "prefix" else loop.recomputed
-    inputs = (keys(texts), jnp.full((texts, 2), process.mask), jnp.zeros(texts, jnp.int32))
+    inputs = (keys(texts), jnp.full((texts, 2), process.mask), jnp.zeros((texts, 2), bool))
     done, _ = jax.jit(functools.partial(run, chain))(random_params(chain.config), *inputs)
     counts = np.bincount(np.asarray(done) @ [3, 1], minlength=9)
     assert chisquare(counts, PAIRS.ravel() * texts).pvalue > 0.01

@@ -36,8 +36,8 @@ def test_generation_runs_the_network_as_published(imported, goldens):
     model, io = hdlm.load(imported["epsilon"]), goldens["epsilon"]
     chain = sampling.chain(model.parts, model.parts.hs, model.config.sampler)
     assert chain.hs.window(19) == (16, 24)  # their step 20 counts from 1
-    x_BxL, origin_B = jnp.asarray(io["tokens"], jnp.int32), jnp.zeros(3, jnp.int32)
-    step = jax.jit(lambda x, step: loop.recomputed_logits(chain, model.params, x, origin_B, step)[1])
+    x_BxL, given_BxL = jnp.asarray(io["tokens"], jnp.int32), jnp.zeros(io["tokens"].shape, bool)
+    step = jax.jit(lambda x, step: loop.recomputed_logits(chain, model.params, x, given_BxL, step)[1])
     theirs = io["logits/m2_block8_step20_blockcausal_full"]
     np.testing.assert_allclose(step(x_BxL, jnp.int32(19))[:, :24, :96], theirs[:, :24, :96], atol=2e-5)
 
@@ -47,8 +47,8 @@ def test_generation_with_groups_recomputes_every_row(imported, monkeypatch):
     model, used = hdlm.load(imported["epsilon"]), []
     monkeypatch.setattr(loop, "recomputed", lambda *_: used.append("recomputed"))
     monkeypatch.setattr(loop, "cached", lambda *_: used.append("cached"))
-    for group in (8, 1):
-        config = replace(model.parts.model, context_group=group)
+    for inexact in (True, False):
+        config = replace(model.parts.model, inexact_context=inexact)
         chain = sampling.chain(model.parts._replace(model=config), model.parts.hs, model.config.sampler)
         sampling._run.__wrapped__(chain, 0, False, model.params, None, None, None)
     assert used == ["recomputed", "cached"]

@@ -33,6 +33,8 @@ NAMES = [
     f"{prediction}-{hs.kind}-{hs.width}-{hs.rate}{'-trailing' * trailing}".replace("/", ":")
     for prediction, hs, trailing in CASES
 ]
+# settled rows that see whole groups: half a block, a block, what a call of a slide settles
+GROUPS = [("aligned", TILEABLE[1], 2), ("shifted", TILEABLE[1], 4), ("shifted", TILEABLE[3], 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def small_chunks_in_float64(monkeypatch):
         yield
 
 
-def config_of(prediction, visible="prefix"):
+def config_of(prediction, visible="prefix", group=1):
     """A network conditioned on the noise level, so that the level each row is given counts too."""
     return TransformerConfig(
         num_tokens=N,
@@ -52,6 +54,7 @@ def config_of(prediction, visible="prefix"):
         heads=2,
         prediction=prediction,
         visibility=visible,
+        context_group=group,
         bos_id=BOS,
         conditioning=4,
         interpolation=0.2,
@@ -96,9 +99,9 @@ def run_plain(config, trailing, params, zt_BxL, phase):
     return run(config, params, layouts.plain(config, zt_BxL, phase, trailing))[1]
 
 
-def all_phases(monkeypatch, hs):
+def all_phases(monkeypatch, hs, origins=ORIGINS):
     """Tiled phases [2 PHASES, L]: phases 0..3 modulo the period, with each origin in turn."""
-    origin_B = jnp.repeat(jnp.array(ORIGINS), PHASES)
+    origin_B = jnp.repeat(jnp.array(origins), PHASES)
     fraction_B = 1 - (jnp.arange(2 * PHASES) % PHASES % hs.period + 0.5) / hs.period
     monkeypatch.setattr(phases, "stratified", lambda rng, count: jnp.tile(fraction_B, count // len(fraction_B)))
     return phases.tiled(jax.random.key(0), origin_B, hs, LINEAR, 1.0)
@@ -136,12 +139,29 @@ def test_every_window_of_a_tiled_pass_is_the_plain_layout_at_its_step(monkeypatc
 
     What precedes an origin is generated as a text of its own, which ends there.
     """
-    phase, config = all_phases(monkeypatch, hs), config_of(prediction)
+    check_windows(monkeypatch, params, config_of(prediction), hs, trailing, ORIGINS)
+
+
+@pytest.mark.parametrize(("prediction", "hs", "group"), GROUPS)
+def test_so_it_is_where_settled_rows_see_whole_groups(monkeypatch, params, prediction, hs, group):
+    """Every window starts where a group does, at an origin too."""
+    trailing = prediction == "shifted" and visibility.trailing_row_matters(hs, LINEAR)
+    config = config_of(prediction, group=group)
+    check_windows(monkeypatch, params, config, hs, trailing, (0, 4))
+    phase = all_phases(monkeypatch, hs, (0, 4))
+    zt_BxL, qkv = jnp.zeros(phase.start.shape, jnp.int32), np.random.default_rng(0).normal(size=(3, 8, 2, 2 * L, 4))
+    split = layouts.tiled(config, zt_BxL, zt_BxL, phase, WIDTH).attention(*qkv, None, None)
+    whole = dense(layouts.tiled_visible(phase.start, group=group))(*qkv, None, None)
+    np.testing.assert_allclose(split, whole, atol=1e-13)
+
+
+def check_windows(monkeypatch, params, config, hs, trailing, origins):
+    phase = all_phases(monkeypatch, hs, origins)
     x0, zt = noised_texts(phase)
     scores = np.asarray(run_tiled(config, trailing, params, x0, zt, phase)[1])
     covered = np.zeros((2 * PHASES, L), int)
     step_T = np.arange(STEPS)
-    for first_row, origin, end in [(0, 0, L), (PHASES, ORIGINS[1], L), (PHASES, 0, ORIGINS[1])]:
+    for first_row, origin, end in [(0, 0, L), (PHASES, origins[1], L), (PHASES, 0, origins[1])]:
         call = phases.at_step(jnp.asarray(step_T), jnp.full(STEPS, origin), L, hs, LINEAR, 1.0)
         call = call._replace(stop=jnp.minimum(call.stop, end))
         row_T = first_row + step_T % hs.period

@@ -333,7 +333,7 @@ def test_a_fresh_network_predicts_every_token_alike():
         ({"prediction": "shiftd"}, r"model.prediction: got 'shiftd'; allowed: 'aligned', 'shifted'"),
         ({"prediction": "shifted"}, r"model.bos_id: got None; allowed: a token id"),
         ({"visibility": "causal"}, r"model.visibility: got 'causal'; allowed: 'full', 'prefix'"),
-        ({"context": "block"}, r"model.context: got 'block'"),
+        ({"context_group": 0}, r"model.context_group: got 0; allowed: a positive integer"),
         ({"remat": "some"}, r"model.remat: got 'some'; allowed: 'none', 'full'"),
         ({"dtype": "float16"}, r"model.dtype: got 'float16'"),
     ],

@@ -94,7 +94,9 @@ TRAIN = [
         "--config.noising.kind=gamma_hybrid --config.noising.epsilon=none --config.noising.gamma=1",
         "noising.gamma: got 1.0; allowed: a number in [0, 1)",
     ),
-    ("--config.loss.kind=nelbo", "loss.kind: got 'nelbo'"),
+    ("--config.loss.kind=elbo", "loss.kind: got 'elbo'"),
+    ("--config.sampler.cache_dtype=half", "sampler.cache_dtype: got 'half'; allowed: '', 'bfloat16', 'float32'"),
+    ("--config.model.context_group=3", "model.context_group: got 3 under slide"),
     ("--config.loss.kind=absorb_nelbo", "loss.kind: got 'absorb_nelbo' with noising.kind 'epsilon_hybrid'; allowed"),
     ("--config.loss.token_weight=-1", "loss.token_weight: got -1.0"),
     (

@@ -23,7 +23,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("hs", SCHEDULES.values(), ids=SCHEDULES.keys())
-def testheat_map_and_band_hold_the_levels_and_windows(hs):
+def test_heat_map_and_band_hold_the_levels_and_windows(hs):
     figure = figures.hyperschedule(hs)
     heat_map, band = figure.axes[:2]
     image = heat_map.images[0]
