@@ -18,8 +18,10 @@ from hdlm_jax.models import parts as builders
 RECOMPUTED_STEPS = 2  # steps of the loop without a cache that are timed; its cost per step does not change
 
 
-def measure(config: ConfigDict, num_tokens: int, hs: Hyperschedule, batch: int, repeats: int) -> dict:
-    """Times generation of `batch` texts of hs.length tokens with random weights.
+def measure(
+    config: ConfigDict, num_tokens: int, hs: Hyperschedule, batch: int, repeats: int, alone: bool = False
+) -> dict:
+    """Times generation of `batch` texts of hs.length tokens with random weights; `alone`, without its baselines.
 
     Returns:
       tokens/s, model calls, milliseconds and rows per call, cache bytes, the share of a call spent in
@@ -31,7 +33,6 @@ def measure(config: ConfigDict, num_tokens: int, hs: Hyperschedule, batch: int, 
     texts, kept = batch * hs.length, jnp.dtype(chain.cache_dtype or parts.model.dtype)
     full = parts.model.visibility == "full"
     time = seconds(_generation(chain, params, batch, hs.num_steps, full), repeats)
-    step = seconds(_generation(chain, params, batch, RECOMPUTED_STEPS, True), repeats) / RECOMPUTED_STEPS
     row = {
         "hyperschedule": hs.kind,
         "L": hs.length,
@@ -41,22 +42,24 @@ def measure(config: ConfigDict, num_tokens: int, hs: Hyperschedule, batch: int, 
         "calls": hs.num_steps,
         "tokens/s": texts / time,
         "ms/call": 1e3 * time / hs.num_steps,
-        "ms/call without cache": 1e3 * step,
-        "x without cache": step * hs.num_steps / time,
     }
+    if not alone:
+        step = seconds(_generation(chain, params, batch, RECOMPUTED_STEPS, True), repeats) / RECOMPUTED_STEPS
+        row |= {"ms/call without cache": 1e3 * step, "x without cache": step * hs.num_steps / time}
     if full:
         return row | {"rows/call": hs.length}
     rows = hs.width + loop.trailing_row(chain) + loop.settling_rows(chain) / (hs.tau_max if hs.kind == "block" else 1)
     mean_slots = (min(hs.length, loop.granularity(hs.length)) + hs.length) // 2
     attending = seconds(_cache_attention(parts.model, batch, round(rows), mean_slots), repeats)
-    ar = sampling.chain(parts, hyperschedules.quenched(hs.length), config.sampler)
-    ar_time = seconds(_generation(ar, params, batch, hs.length, False), repeats)
-    return row | {
+    row |= {
         "rows/call": rows,
         "cache bytes": cache.num_bytes(parts.model, batch, hs.length, kept),
         "cache attention": attending / (time / hs.num_steps),
-        "x quenched": ar_time / time,
     }
+    if alone:
+        return row
+    ar = sampling.chain(parts, hyperschedules.quenched(hs.length), config.sampler)
+    return row | {"x quenched": seconds(_generation(ar, params, batch, hs.length, False), repeats) / time}
 
 
 def _network(config: ConfigDict, num_tokens: int) -> tuple[builders.Parts, dict]:
@@ -89,7 +92,8 @@ def _cache_attention(model: transformer.TransformerConfig, batch: int, rows: int
     """All blocks' attention of one call over `slots` cache slots."""
     shape = lambda count: (model.blocks, batch, model.heads, count, model.head_size)
     values = np.random.default_rng(0).standard_normal(shape(slots), np.float32)
-    q, kv = jnp.asarray(values[:, :, :, :1]) * jnp.ones(shape(rows)), jnp.asarray(values)
-    attend = attention.dense(jnp.ones((1, rows, slots), bool))
-    run = jax.jit(lambda q, kv: [attend(q[i], kv[i], kv[i], None, None) for i in range(model.blocks)])
-    return lambda: run(q, kv)
+    q_blocks = jnp.asarray(values[:, :, :, :1]) * jnp.ones(shape(rows))
+    past = tuple(attention.KV(jnp.swapaxes(kv, 2, 3), kv) for kv in jnp.asarray(values))
+    attend = attention.cached(jnp.ones((1, rows, slots), bool), jnp.ones((1, rows, rows), bool))
+    run = jax.jit(lambda q_blocks, past: [attend(q, q, q, kv, None) for q, kv in zip(q_blocks, past, strict=True)])
+    return lambda: run(q_blocks, past)

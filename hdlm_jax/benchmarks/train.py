@@ -22,9 +22,18 @@ def measure(config: ConfigDict, num_tokens: int, repeats: int) -> list[dict]:
     dtype; on devices without a known peak it stands in for one in `of products`.
 
     Returns:
-      one row: seconds per step, tokens/s, FLOP/s, products' FLOP/s, the ratio, and MFU where the peak is known.
+      one row: seconds per step, tokens/s, FLOP/s, products' FLOP/s, the ratio, and MFU where the peak is known;
+      after that of a tiled layout, the row of the same network in the plain one, which trains one window per text.
     """
     parts = builders.build(config, num_tokens, bos_id=num_tokens - 1)
+    rows = [_measure(parts, config, num_tokens, repeats)]
+    if parts.layout == "tiled":
+        rows.append(_measure(parts._replace(layout="plain"), config, num_tokens, repeats))
+        rows = [row | {"x plain": row["seconds/step"] / rows[1]["seconds/step"]} for row in rows]
+    return rows
+
+
+def _measure(parts: builders.Parts, config: ConfigDict, num_tokens: int, repeats: int) -> dict:
     mesh = sharding.mesh(config.mesh)
     batch, length = config.training.batch, config.data.length
     sharding.check_batch(batch, config.training.accumulation, mesh)
@@ -45,20 +54,19 @@ def measure(config: ConfigDict, num_tokens: int, repeats: int) -> list[dict]:
 
     time, products = seconds(once, repeats), products_rate(parts.model, batch * length, repeats)
     peak = flops.peak(list(mesh.devices.flat))
-    return [
-        {
-            "layout": parts.layout,
-            "hyperschedule": parts.hs.kind,
-            "parameters": transformer.num_parameters(held[0].params),
-            "seconds/step": time,
-            "tokens/s": batch * length / time,
-            "FLOP/step": work,
-            "FLOP/s": work / time,
-            "products FLOP/s": products,
-            "of products": work / time / products,
-            "mfu": "peak not known" if peak is None else work / time / peak,
-        }
-    ]
+    return {
+        "layout": parts.layout,
+        "hyperschedule": parts.hs.kind,
+        "L": length,
+        "parameters": transformer.num_parameters(held[0].params),
+        "seconds/step": time,
+        "tokens/s": batch * length / time,
+        "FLOP/step": work,
+        "FLOP/s": work / time,
+        "products FLOP/s": products,
+        "of products": work / time / products,
+        "mfu": "peak not known" if peak is None else work / time / peak,
+    }
 
 
 def products_rate(model: transformer.TransformerConfig, rows: int, repeats: int) -> float:

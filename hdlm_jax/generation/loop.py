@@ -185,9 +185,14 @@ def _run(chain, params, rng_B, given_BxL, segment, carry, record):
         return jax.lax.scan(functools.partial(call, settling_rows(chain)), carry, steps)
 
     def block(carry, steps_P):
-        carry, first = call(settling_rows(chain), carry, steps_P[0])
-        carry, rest = jax.lax.scan(functools.partial(call, 0), carry, steps_P[1:])
-        return carry, (jnp.concatenate([first[None], rest]) if record else None)
+        (x_BxL, cache), first = call(settling_rows(chain), carry, steps_P[0])
+
+        def later(x_BxL, step):  # the cache rests: carried along, XLA would copy it
+            (x_BxL, _), tokens = call(0, (x_BxL, cache), step)
+            return x_BxL, tokens
+
+        x_BxL, rest = jax.lax.scan(later, x_BxL, steps_P[1:])
+        return (x_BxL, cache), (jnp.concatenate([first[None], rest]) if record else None)
 
     carry, tokens = jax.lax.scan(block, carry, steps.reshape(-1, chain.hs.tau_max))
     return carry, (tokens.reshape(-1, *tokens.shape[2:]) if record else None)
@@ -281,7 +286,8 @@ def window_logits(
     )
     entering = 1 if lone_row(chain) else settling
     if entering:
-        cache = kv_cache.write(cache, jax.tree.map(lambda x: x[:, :, :entering], new), row_BxR[:, :entering])
+        rows = jax.tree.map(lambda x: x[:, :, :entering], new)
+        cache = kv_cache.write(cache, rows, row_BxR[:, :entering], after_B=hidden[:, 0, 0])
     return logits(config, params, hidden[:, settling : settling + W]), cache
 
 

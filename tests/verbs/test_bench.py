@@ -24,12 +24,12 @@ def fast_compilation():
 def measured(tmp_path, capfd):
     """Runs the verb; its rows, after a look at the table and at the environment beside them."""
 
-    def run(*more):
+    def run(*more, sizes=TINY, note="; medians of 1"):
         path = tmp_path / "bench.json"
-        assert main(["bench", *map(str, more), *TINY, "--out", str(path)]) == 0
+        assert main(["bench", *map(str, more), *sizes, "--out", str(path)]) == 0
         found = json.loads(path.read_text())
         head, columns, *lines = capfd.readouterr().out.splitlines()
-        assert head.startswith("8 x cpu, jax ") and head.endswith("; medians of 1")
+        assert head.startswith("8 x cpu, jax ") and head.endswith(note)
         assert all(name in columns for name in found["rows"][0])
         assert len(lines) == len(found["rows"])
         assert found["environment"]["devices"]["count"] == 8
@@ -52,8 +52,17 @@ def test_train(measured):
     assert (row["layout"], row["hyperschedule"], row["mfu"]) == ("continuous", "flat", "peak not known")
 
 
+def test_a_tiled_step_stands_beside_the_plain_one(measured):
+    block = ["--config.hyperschedule.kind=block", "--config.hyperschedule.width=4", "--config.hyperschedule.rate=2"]
+    tiled, plain = measured("train", "--config.data.length=16", "--config.model.visibility=prefix", *block)
+    assert (tiled["layout"], plain["layout"], plain["x plain"]) == ("tiled", "plain", 1)
+    assert tiled["x plain"] == pytest.approx(tiled["seconds/step"] / plain["seconds/step"])
+    assert 1.5 < tiled["FLOP/step"] / plain["FLOP/step"] < 3  # two copies, one of them with scores
+
+
 def test_sample(measured):
-    (row,) = measured("sample", "--kind", "slide", "--width", 4, "--rate", 2, "--length", 16, "--batch", 2)
+    (row,) = measured("sample", "--kind", "slide", "--width", 4, "--rate", 2, "--length", 16, "--batch", 2, "--alone")
+    assert not {"x without cache", "x quenched"} & set(row)
     assert (row["hyperschedule"], row["L"], row["batch"], row["width"], row["rate"]) == ("slide", 16, 2, 4, "2")
     assert row["calls"] == 9  # floor(15 / 2) + 4 / 2
     assert row["tokens/s"] == pytest.approx(2 * 16 / (row["calls"] * row["ms/call"] / 1e3))
@@ -72,3 +81,15 @@ def test_sample_of_a_full_model_and_of_an_autoregressive_one(measured):
     assert (flat["rows/call"], flat["calls"]) == (8, 128)
     (quenched,) = measured("sample", "--kind", "quenched", "--length", 8, "--batch", 2)
     assert (quenched["rows/call"], quenched["calls"]) == (1, 8)
+
+
+def test_variance(measured, smoke_run):
+    """Both ways estimate one bound; stratified times spread it less."""
+    note = "; 8 draws of the noise of 4 held-out windows, step 6"
+    given = ["--run", smoke_run, "--batch", 4, "--draws", 8]
+    rows = measured("variance", *given, sizes=[], note=note)
+    assert [row["variance"] for row in rows] == ["independent", "stratified"]
+    error = sum(row["standard error"] ** 2 for row in rows) ** 0.5
+    assert abs(rows[0]["nats/token"] - rows[1]["nats/token"]) < 4 * error
+    assert rows[0]["variance x passes"] == pytest.approx(8 * rows[0]["standard error"] ** 2)
+    assert rows[1]["x independent"] == rows[1]["variance x passes"] / rows[0]["variance x passes"]
