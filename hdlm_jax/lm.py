@@ -48,6 +48,7 @@ class LanguageModel:
       step: that the weights are of.
       weights: 'ema' or 'raw'.
       origin: what an imported run keeps of the published checkpoint; None for our own.
+      folder: that it was opened from; None where it was made in memory.
     """
 
     config: ConfigDict
@@ -57,6 +58,7 @@ class LanguageModel:
     step: int
     weights: str = "ema"
     origin: published.Origin | None = None
+    folder: Path | None = None
 
     def generate(
         self,
@@ -149,16 +151,28 @@ class LanguageModel:
         Raises:
           UserError: an imported model, which has no data of its own; a negative number of windows.
         """
+        tokens, manifest = self.held_out_windows(folder, windows)
+        split = manifest["splits"]["held_out"]
+        rows = _batches(tokens, np.ones(tokens.shape, bool), batch)
+        bound = self._bound(rows, split["bytes"] / split["tokens"], draws, seed, eta, exact)
+        return bound, manifest["unigram_bits_per_byte"]
+
+    def held_out_windows(self, folder: str | Path, windows: int = 0) -> tuple[np.ndarray, dict]:
+        """Held-out windows of a run folder, int32 [windows, L], and the manifest of its data.
+
+        Args:
+          folder: the run folder whose data to read.
+          windows: only the first so many; 0 takes all.
+
+        Raises:
+          UserError: an imported model, which has no data of its own; a negative number of windows.
+        """
         has_data = self.origin is None
         require(has_data, "--text", None, "a file: an imported model has no held-out split of its own")
         data = prepare.open_or_prepare(self.config.data.to_dict(), Path(folder) / "data")
-        split = data.manifest["splits"]["held_out"]
         require(windows >= 0, "--windows", windows, "0 (all) or a positive integer")
         count = min(windows or len(data.held_out), len(data.held_out))
-        tokens = np.stack([data.held_out[i] for i in range(count)])
-        rows = _batches(tokens, np.ones(tokens.shape, bool), batch)
-        bound = self._bound(rows, split["bytes"] / split["tokens"], draws, seed, eta, exact)
-        return bound, data.manifest["unigram_bits_per_byte"]
+        return np.stack([data.held_out[i] for i in range(count)]), data.manifest
 
     def _bound(self, rows, bytes_per_token: float, draws: int, seed: int, eta: float | None, exact: bool) -> Bound:
         parts = self.parts if eta is None else perplexity.in_steps(self.parts)
@@ -251,7 +265,7 @@ def load(folder: str | Path, weights: str = "ema") -> LanguageModel:
     abstract = jax.eval_shape(lambda: init(parts.model, jax.random.key(0)))
     found = weights_file.restore(folder, abstract, parts.model.vocabulary, weights)
     params, origin = jax.tree.map(jnp.asarray, found.params), published.kept(folder)
-    return LanguageModel(config, parts, params, tokenizer, found.step, found.kind, origin)
+    return LanguageModel(config, parts, params, tokenizer, found.step, found.kind, origin, folder)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

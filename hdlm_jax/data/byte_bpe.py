@@ -119,7 +119,7 @@ def _pieces(vocabulary: Mapping[str, int], about: Mapping[str, Any], end: int) -
     added = {
         token["content"]: b"" if token["special"] else token["content"].encode() for token in about["added_tokens"]
     }
-    byte_of = _byte_of_character()
+    byte_of = byte_of_character()
     pieces = [b""] * size
     for token, i in vocabulary.items():
         if i != end:
@@ -136,10 +136,10 @@ def _bytes(token: str, byte_of: Mapping[str, int]) -> bytes:
 
 
 @functools.cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's alphabet: printable bytes of Latin-1 are themselves, the others follow from U+0100 in order.
 
-    >>> [_byte_of_character()[c] for c in "aĠ"]
+    >>> [byte_of_character()[c] for c in "aĠ"]
     [97, 32]
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from ml_collections import ConfigDict
 
 from hdlm_jax.data.tokenizers import Tokenizer
@@ -72,15 +73,39 @@ def draw(
         ids = tokenizer.encode(text) if text else x_BxL[i, :0]
         require(len(ids) < length, "prompt", f"{len(ids)} tokens", f"fewer than the text's {length} tokens")
         x_BxL[i, : len(ids)], prompt_B[i] = ids, len(ids)
-    prior_rng, rng = jax.random.split(jax.random.key(seed))
-    noise = chain.process.prior(prior_rng, x_BxL.shape, chain.alpha(jnp.asarray(chain.hs.tau_max)))
     given_BxL = np.arange(length)[None, :] < prompt_B[:, None]
-    x_BxL = jnp.where(given_BxL, x_BxL, noise).astype(jnp.int32)
-    rng_B = jax.random.split(rng, len(prompts))
-    tokens, history = _run(chain, int(prompt_B.max()), record, params, rng_B, x_BxL, jnp.asarray(given_BxL))
+    tokens, history = complete(chain, params, x_BxL, given_BxL, int(prompt_B.max()), seed, record)
     tokens = np.asarray(tokens)
     texts = [tokenizer.decode(row, end_of_text="\n") for row in tokens]
     return Generation(texts, tokens, None if history is None else np.asarray(history), chain.hs)
+
+
+def complete(
+    chain: loop.Chain,
+    params: dict,
+    x_BxL: Array,
+    given_BxL: Array,
+    longest_prompt: int,
+    seed: int | Array,
+    record: bool = False,
+) -> tuple[Array, Array | None]:
+    """Draws what is not given, from the prior's noise to finished tokens; pure, and so exported as a program.
+
+    Args:
+      x_BxL: int32; what is given, elsewhere anything.
+      given_BxL: bool; the tokens that stay.
+      longest_prompt: static upper bound of the given tokens at the front.
+      seed: 0 .. 2^32 - 1, of all draws.
+      record: also return the tokens after every step.
+
+    Returns:
+      finished tokens [B, L], and [T, B, L] or None.
+    """
+    prior_rng, rng = jax.random.split(jax.random.key(seed))
+    noise = chain.process.prior(prior_rng, x_BxL.shape, chain.alpha(jnp.asarray(chain.hs.tau_max)))
+    x_BxL = jnp.where(given_BxL, x_BxL, noise).astype(jnp.int32)
+    rng_B = jax.random.split(rng, x_BxL.shape[0])
+    return _run(chain, longest_prompt, record, params, rng_B, x_BxL, jnp.asarray(given_BxL))
 
 
 @functools.lru_cache(maxsize=64)

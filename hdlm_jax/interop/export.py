@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from hdlm_jax import config as configs
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.errors import choose
-from hdlm_jax.interop import folders, published
+from hdlm_jax.interop import folders, huggingface, published, stablehlo
 from hdlm_jax.models.parts import Parts
 from hdlm_jax.training import weights_file
 
@@ -24,6 +24,7 @@ class Model(Protocol):
     step: int
     weights: str
     origin: published.Origin | None
+    folder: Path | None
 
 
 class Format(NamedTuple):
@@ -53,9 +54,17 @@ def write_published(model: Model, out: Path) -> None:
     published.write(model.parts.model, model.config, model.params, model.tokenizer, model.origin, out)
 
 
+def write_stablehlo(model: Model, out: Path) -> None:
+    """Our own layout with the denoiser and the sampler as programs: see `stablehlo.write`."""
+    write_safetensors(model, out)
+    stablehlo.write(model.parts, model.config.sampler, model.params, out)
+
+
 FORMATS: Mapping[str, Format] = {
     "safetensors": Format("our own layout, which hdlm opens like a run folder", write_safetensors),
     "published": Format("the layout of the authors' checkpoints, which their code opens", write_published),
+    "huggingface": Format("PyTorch files, weights, tokenizer and card, which transformers opens", huggingface.write),
+    "stablehlo": Format("our own layout with denoiser and sampler as programs that need jax alone", write_stablehlo),
 }
 
 

@@ -142,8 +142,14 @@ def counts_masks(parts: Parts) -> bool:
     return parts.layout == "continuous" and parts.process.frozen and timeless and whole
 
 
+def variances(parts: Parts) -> tuple[str, ...]:
+    """The ways in which the noise of a bound's draws can be drawn, 'independent' first; all have the same mean."""
+    pairs = ("antithetic",) if parts.layout == "continuous" and parts.process.frozen else ()
+    return "independent", "stratified", *pairs, *(("counts",) if counts_masks(parts) else ())
+
+
 def _check_variance(made: Parts) -> None:
-    kind, flat = made.variance, made.layout == "continuous" and made.process.frozen
+    kind, flat = made.variance, "antithetic" in variances(made)
     allowed = "'auto', 'stratified' or 'independent'"
     only = f"{allowed} (pairs are of flat masks: hyperschedule.kind 'flat', model.visibility 'full', absorb or epsilon)"
     require(kind != "antithetic" or flat, "loss.variance", kind, only)

@@ -2,10 +2,16 @@
 
   hdlm export runs/quickstart exported/quickstart
   hdlm export runs/quickstart exported/raw --format safetensors --weights raw
+  hdlm export runs/quickstart exported/torch --format huggingface
+  hdlm export runs/quickstart exported/programs --format stablehlo
   hdlm export runs/published exported/published --format published
 
-The folder of --format safetensors is opened by `hdlm sample --run` and `hdlm_jax.load`. --format published gives an
-imported checkpoint back bit for bit.
+safetensors  our own layout, which `hdlm sample --run` and `hdlm_jax.load` open
+huggingface  PyTorch files of the network and its sampler, weights, tokenizer, settings and a model card, for
+             transformers' AutoModel.from_pretrained(OUT, trust_remote_code=True)
+stablehlo    our own layout, and the denoiser and the sampler as programs for CPU, GPU and TPU that need jax alone;
+             functions.json says what they take
+published    the layout of the authors' checkpoints; an imported one comes back bit for bit
 """
 
 
@@ -13,7 +19,7 @@ def add_arguments(parser):
     """The verb's flags."""
     parser.add_argument("folder", metavar="RUN", help="a run folder")
     parser.add_argument("out", metavar="OUT", help="the new folder")
-    form = "'safetensors' (default): our own layout; 'published': that of the authors' checkpoints"
+    form = "'safetensors' (default), 'huggingface', 'stablehlo' or 'published': see above"
     parser.add_argument("--format", default="safetensors", help=form)
     parser.add_argument("--weights", default="ema", help="'ema' (default) or 'raw'")
 

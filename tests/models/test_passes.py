@@ -237,3 +237,10 @@ def test_texts_at_0_plus_are_shuffled_and_never_masked():
     assert (noised.phase.last_weight == 1).all() and not noised.phase.mask_weight.any()
     shown = jax.jit(partial(passes.noise, made))(jax.random.key(0), x0_BxL).phase.last_weight[:, 0] > 0
     assert abs(float(shown.mean()) - 0.1) < 1 / 4000  # stratified
+
+
+def test_texts_start_where_a_group_of_settled_rows_does():
+    slide = {"hyperschedule__kind": "slide", "hyperschedule__width": 4, "hyperschedule__rate": "2"}
+    made = tiny.build(5, 9, **EPSILON, **slide, **PREFIX, model__context_group=2, loss__origin_share=1.0)
+    start_BxL = passes.noise(made, jax.random.key(0), jnp.zeros((64, 9), jnp.int32)).phase.start
+    assert (start_BxL % 2 == 0).all() and (start_BxL > 0).any()
