@@ -1,6 +1,6 @@
-"""The paper's epsilon-hybrid in blocks of L/4, aligned.
+r"""The paper's epsilon-hybrid in blocks of L/4, aligned.
 
-    hdlm train --config experiments/paper/epsilon_block.py --workdir runs/epsilon_block \\
+    hdlm train --config experiments/paper/epsilon_block.py --workdir runs/epsilon_block \
         --config.data.path='openwebtext/*.txt' --config.data.tokenizer=gpt2/tokenizer.json
 
 Rates 1, 2, 4 and 8: --config.hyperschedule.rate=2 and so on.
@@ -23,4 +23,5 @@ def get_config(arg=""):
     c.noising.update(kind="epsilon_hybrid", epsilon=0.01)
     c.loss.kind = "hybrid_cross_entropy"
     c.sampler.update(kind="acs", eta=0.25)
-    return override(sized(c, arg), {"data.source": "python_docs", "data.tokenizer": "bytes"}) if arg else c
+    small = {"data.source": "python_docs", "data.tokenizer": "bytes", "hyperschedule.width": 8}
+    return override(sized(c, arg), small) if arg else c

@@ -1,6 +1,6 @@
-"""The paper's gamma-hybrid of gamma 0.05, flat and aligned, trained by its published loss (not a bound).
+r"""The paper's gamma-hybrid of gamma 0.05, flat and aligned, trained by its published loss (not a bound).
 
-    hdlm train --config experiments/paper/gamma_flat.py --workdir runs/gamma_flat \\
+    hdlm train --config experiments/paper/gamma_flat.py --workdir runs/gamma_flat \
         --config.data.path='openwebtext/*.txt' --config.data.tokenizer=gpt2/tokenizer.json
 
 Rates 1, 2, 4 and 8 are sampler.steps = 1024, 512, 256 and 128.

@@ -1,10 +1,11 @@
-"""The paper's gamma-hybrid of gamma 0.01 in a sliding window of L/4, aligned, with cross-entropy on settled tokens.
+r"""The paper's gamma-hybrid of gamma 0.01 in a sliding window of L/4, aligned, with cross-entropy on settled tokens.
 
-    hdlm train --config experiments/paper/gamma_slide.py --workdir runs/gamma_slide \\
+    hdlm train --config experiments/paper/gamma_slide.py --workdir runs/gamma_slide \
         --config.data.path='openwebtext/*.txt' --config.data.tokenizer=gpt2/tokenizer.json
 
 Rates 1, 2, 4 and 8: --config.hyperschedule.rate=2 and so on.
-Their settled rows see whole windows of rows (model.context_group); here they are causal, so that a cache is exact.
+Their settled rows see whole windows of rows, here they are causal. Settled rows are predicted in the plain layout only, as
+published (model.inexact_context), and generation then has no cache.
 
 Expected (published): no number of its own.
 """
@@ -16,7 +17,7 @@ def get_config(arg=""):
     """The experiment at its published size; `arg` is '' or 'smoke'."""
     c = sized(default(), "base")
     c.data.update(source="text", tokenizer="tokenizer.json")
-    c.model.update(visibility="prefix", context_group=1, inexact_context=True)
+    c.model.update(visibility="prefix", inexact_context=True)
     c.hyperschedule.update(kind="slide", width=256, rate="1")
     c.model.update(conditioning=128, interpolation=0.01)
     c.optimizer.update(warmup=10_000, final_share=0.0, beta2=0.999, weight_decay=0.0)
@@ -25,4 +26,5 @@ def get_config(arg=""):
     c.noising.update(kind="gamma_hybrid", gamma=0.01)
     c.loss.update(kind="published_score_entropy", settled_weight=1.0)
     c.sampler.kind = "analytic"
-    return override(sized(c, arg), {"data.source": "python_docs", "data.tokenizer": "bytes"}) if arg else c
+    small = {"data.source": "python_docs", "data.tokenizer": "bytes", "hyperschedule.width": 8}
+    return override(sized(c, arg), small) if arg else c

@@ -1,4 +1,4 @@
-"""Speed on this machine, as a table and JSON; every figure beside a baseline of the same run.
+"""Speed and quality on this machine, as a table and JSON; every figure beside a baseline of the same run.
 
   hdlm bench train
   hdlm bench train --config experiments/quickstart.py
@@ -7,56 +7,34 @@
   hdlm bench sample --kind slide --width 16 --rate 1 2 4
   hdlm bench sample --length 256 2048 --batch 8 --alone
   hdlm bench variance --run runs/mdlm
+  hdlm bench samplers --run runs/epsilon --judge runs/ar --rate 1 2 4 8
   hdlm bench kill --times 20
 
-Without --config: hidden 256, 6 blocks, 4 heads, L 256, vocabulary 8192, batch 8, float32, dropout 0.1.
-Generation uses random weights: speed does not depend on them. The variance of the bound does: it takes a run, and
-draws the noise of one batch of its held-out windows again and again.
+`train` and `sample` without --config: hidden 256, 6 blocks, 4 heads, L 256, vocabulary 8192, batch 8, float32,
+dropout 0.1; generation uses random weights, for speed does not depend on them. `variance` draws the noise of one batch
+of a run's held-out windows again and again. `samplers` compares texts of a run: corrected is the share of tokens that
+changed after they were first drawn (by corrections, or in an exact last step), entropy that of the tokens within a
+text (nats), and the judge another run, best an autoregressive one.
 """
 
 import itertools
 import json
+from pathlib import Path
 
 from hdlm_jax import config as configs
 
 STANDARD = {"data.length": 256, "training.batch": 8, "noising.epsilon": 0.01}
-KINDS = {
-    "train": "a training step, against its matrix products alone",
-    "sample": "generation, against recomputing all rows and against quenched AR",
-    "variance": "the bound's variance for each way to draw the noise, against independent draws",
-    "kill": "resume, proven: training killed at random moments ends in the same bits as a straight run",
-}
 PREFIX = {"model.visibility": "prefix", "model.prediction": "shifted"}
 
 
 def add_arguments(parser):
     """The verb's flags."""
     kinds = parser.add_subparsers(metavar="WHAT", required=True)
-    parsers = [kinds.add_parser(name, help=text, description=text) for name, text in KINDS.items()]
-    train, sample, variance, kill = parsers
-    train.set_defaults(measure=_train)
-    sample.set_defaults(measure=_sample)
-    variance.set_defaults(measure=_variance)
-    kill.set_defaults(measure=_kill)
-    for kind in (train, sample):
-        kind.add_argument("--config", metavar="FILE[:ARG]", help="an experiment (default: the standard sizes)")
-        kind.add_argument("--vocabulary", type=int, default=8192, help="ordinary tokens (default: 8192)")
-        kind.add_argument("--repeats", type=int, default=5, help="timed calls, the median counts (default: 5)")
-    for kind in (train, sample, variance, kill):
+    for name, (summary, arguments, measure) in KINDS.items():
+        kind = kinds.add_parser(name, help=summary, description=summary)
+        kind.set_defaults(measure=measure)
+        arguments(kind)
         kind.add_argument("--out", metavar="FILE", help="also write JSON here")
-    variance.add_argument("--run", dest="folder", required=True, metavar="DIR", help="a run folder")
-    variance.add_argument("--batch", type=int, default=16, help="held-out windows (default: 16)")
-    variance.add_argument("--draws", type=int, default=128, help="of their noise, for each way (default: 128)")
-    variance.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    kill.add_argument("--times", type=int, default=5, help="kills (default: 5)")
-    kill.add_argument("--seed", type=int, default=0, help="of their moments (default: 0)")
-    kill.add_argument("--config", metavar="FILE[:ARG]", default="experiments/quickstart.py:smoke", help="an experiment")
-    sample.add_argument("--kind", default="block", help="quenched, flat, block or slide (default: block)")
-    sample.add_argument("--width", type=int, nargs="+", default=[16], help="window rows (default: 16)")
-    sample.add_argument("--rate", nargs="+", default=["2"], help="tokens settled per call (default: 2)")
-    sample.add_argument("--length", type=int, nargs="+", default=[256], help="tokens per text (default: 256)")
-    sample.add_argument("--batch", type=int, nargs="+", default=[4], help="texts at once (default: 4)")
-    sample.add_argument("--alone", action="store_true", help="without the baselines, which long texts make slow")
 
 
 def run(args) -> int:
@@ -71,8 +49,6 @@ def run(args) -> int:
     print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}; {note}")
     print(table(rows))
     if args.out:
-        from pathlib import Path
-
         write_whole(Path(args.out), json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
     return 0
 
@@ -82,40 +58,44 @@ def _config(args, **fixed):
     return configs.override(given, fixed | args.overrides)
 
 
-def _medians(args) -> str:
-    configs.require(args.repeats >= 1, "--repeats", args.repeats, "a positive integer")
-    return f"medians of {args.repeats}"
+def _at_least(flag: str, given: int, least: int) -> None:
+    configs.require(given >= least, flag, given, f"at least {least}")
+
+
+def _seed(args) -> int:
+    configs.require(0 <= args.seed < 2**32, "--seed", args.seed, f"a whole number from 0 to {2**32 - 1}")
+    return args.seed
+
+
+def _train_arguments(kind):
+    kind.add_argument("--config", metavar="FILE[:ARG]", help="an experiment (default: the standard sizes)")
+    kind.add_argument("--vocabulary", type=int, default=8192, help="ordinary tokens (default: 8192)")
+    kind.add_argument("--repeats", type=int, default=5, help="timed calls, the median counts (default: 5)")
 
 
 def _train(args) -> tuple[list[dict], str]:
     from hdlm_jax.benchmarks import train
 
-    note = _medians(args)
-    return train.measure(_config(args), args.vocabulary, args.repeats), note
+    _at_least("--repeats", args.repeats, 1)
+    return train.measure(_config(args), args.vocabulary, args.repeats), f"medians of {args.repeats}"
 
 
-def _variance(args) -> tuple[list[dict], str]:
-    from pathlib import Path
-
-    from hdlm_jax import lm
-    from hdlm_jax.benchmarks import variance
-
-    configs.require(args.batch >= 1, "--batch", args.batch, "a positive integer")
-    configs.require(args.draws >= 2, "--draws", args.draws, "at least 2")
-    configs.require(0 <= args.seed < 2**32, "--seed", args.seed, f"a whole number from 0 to {2**32 - 1}")
-    model = lm.load(args.folder)
-    tokens_BxL, _ = model.held_out_windows(Path(args.folder), args.batch)
-    rows = variance.measure(model.parts, model.params, tokens_BxL, args.draws, args.seed)
-    return rows, f"{args.draws} draws of the noise of {len(tokens_BxL)} held-out windows, step {model.step}"
+def _sample_arguments(kind):
+    _train_arguments(kind)
+    kind.add_argument("--kind", default="block", help="quenched, flat, block or slide (default: block)")
+    kind.add_argument("--width", type=int, nargs="+", default=[16], help="window rows (default: 16)")
+    kind.add_argument("--rate", nargs="+", default=["2"], help="tokens settled per call (default: 2)")
+    kind.add_argument("--length", type=int, nargs="+", default=[256], help="tokens per text (default: 256)")
+    kind.add_argument("--batch", type=int, nargs="+", default=[4], help="texts at once (default: 4)")
+    kind.add_argument("--alone", action="store_true", help="without the baselines, which long texts make slow")
 
 
 def _sample(args) -> tuple[list[dict], str]:
     from hdlm_jax.benchmarks import sample
     from hdlm_jax.diffusion import hyperschedules
 
-    note = _medians(args)
-    for batch in args.batch:
-        configs.require(batch >= 1, "--batch", batch, "a positive integer")
+    _at_least("--repeats", args.repeats, 1)
+    _at_least("--batch", min(args.batch), 1)
     rows = []
     for length, batch in itertools.product(args.length, args.batch):
         if args.kind in ("quenched", "flat"):
@@ -125,23 +105,85 @@ def _sample(args) -> tuple[list[dict], str]:
         for fields in settings:
             hs = hyperschedules.build(args.kind, length, **fields)
             window = {"hyperschedule.width": hs.width, "hyperschedule.rate": str(hs.rate)}
-            trained = (
-                {"hyperschedule.kind": "flat"} if args.kind == "flat" else {"hyperschedule.kind": "slide", **window}
-            )
-            shape = {} if args.kind == "flat" else PREFIX
-            config = _config(args, **{"data.length": length}, **shape, **trained)
+            flat = args.kind == "flat"
+            trained = {"hyperschedule.kind": "flat"} if flat else {"hyperschedule.kind": "slide", **window, **PREFIX}
+            config = _config(args, **{"data.length": length}, **trained)
             rows.append(sample.measure(config, args.vocabulary, hs, batch, args.repeats, args.alone))
-    return rows, note
+    return rows, f"medians of {args.repeats}"
+
+
+def _variance_arguments(kind):
+    kind.add_argument("--run", dest="folder", required=True, metavar="DIR", help="a run folder")
+    kind.add_argument("--batch", type=int, default=16, help="held-out windows (default: 16)")
+    kind.add_argument("--draws", type=int, default=128, help="of their noise, for each way (default: 128)")
+    kind.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+
+
+def _variance(args) -> tuple[list[dict], str]:
+    from hdlm_jax import lm
+    from hdlm_jax.benchmarks import variance
+
+    _at_least("--batch", args.batch, 1)
+    _at_least("--draws", args.draws, 2)
+    seed, model = _seed(args), lm.load(args.folder)
+    tokens_BxL, _ = model.held_out_windows(Path(args.folder), args.batch)
+    rows = variance.measure(model.parts, model.params, tokens_BxL, args.draws, seed)
+    return rows, f"{args.draws} draws of the noise of {len(tokens_BxL)} held-out windows, step {model.step}"
+
+
+def _samplers_arguments(kind):
+    kind.add_argument("--run", dest="folder", required=True, metavar="DIR", help="the run that generates")
+    kind.add_argument("--judge", required=True, metavar="DIR", help="a run of the same tokenizer and text length")
+    kind.add_argument("--sampler", nargs="+", default=["ancestral", "acs"], help="names (default: ancestral acs)")
+    kind.add_argument("--eta", type=float, nargs="+", default=[0.25], help="of acs and acs_published (default: 0.25)")
+    kind.add_argument("--rate", nargs="+", default=["1", "2", "4", "8"], help="tokens per call (default: 1 2 4 8)")
+    kind.add_argument("--num", type=int, default=64, help="texts of each kind (default: 64)")
+    kind.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+
+
+def _samplers(args) -> tuple[list[dict], str]:
+    from hdlm_jax import lm
+    from hdlm_jax.benchmarks import samplers
+
+    _at_least("--num", args.num, 2)
+    chosen = []
+    for name in args.sampler:
+        dials = [{"eta": eta} for eta in args.eta] if name in ("acs", "acs_published") else [{}]
+        chosen += [(name, of) for of in dials]
+    model, judge = lm.load(args.folder), lm.load(args.judge)
+    rows = samplers.measure(model, judge, chosen, args.rate, args.num, _seed(args))
+    return rows, f"{args.num} texts of {model.parts.model.length} tokens, {model.parts.process.name}, step {model.step}"
+
+
+def _kill_arguments(kind):
+    kind.add_argument("--times", type=int, default=5, help="kills (default: 5)")
+    kind.add_argument("--seed", type=int, default=0, help="of their moments (default: 0)")
+    kind.add_argument("--config", metavar="FILE[:ARG]", default="experiments/quickstart.py:smoke", help="an experiment")
 
 
 def _kill(args) -> tuple[list[dict], str]:
     import tempfile
-    from pathlib import Path
 
     from hdlm_jax.benchmarks import kill
 
     sizes = {"steps": 60, "log_every": 1, "checkpoint_every": 4, "evaluate_every": 20}
-    fields = {f"training.{name}": str(value) for name, value in sizes.items()} | args.overrides
-    command = ["train", "--config", args.config, *(f"--config.{name}={value}" for name, value in fields.items())]
+    config = _config(args, **{f"training.{name}": value for name, value in sizes.items()})
     with tempfile.TemporaryDirectory(prefix="hdlm-kill-") as folder:
-        return [kill.measure(command, Path(folder) / "runs", args.times, args.seed)], f"seed {args.seed}"
+        return [kill.measure(config, Path(folder) / "runs", args.times, args.seed)], f"seed {args.seed}"
+
+
+KINDS = {
+    "train": ("a training step, against its matrix products alone", _train_arguments, _train),
+    "sample": ("generation, against recomputing all rows and against quenched AR", _sample_arguments, _sample),
+    "variance": (
+        "the bound's variance for each way to draw the noise, against independent draws",
+        _variance_arguments,
+        _variance,
+    ),
+    "samplers": (
+        "samplers at several rates: corrections, entropy, perplexity under a judge",
+        _samplers_arguments,
+        _samplers,
+    ),
+    "kill": ("resume: training killed at random moments, against a straight run", _kill_arguments, _kill),
+}

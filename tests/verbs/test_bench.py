@@ -93,3 +93,14 @@ def test_variance(measured, smoke_run):
     assert abs(rows[0]["nats/token"] - rows[1]["nats/token"]) < 4 * error
     assert rows[0]["variance x passes"] == pytest.approx(8 * rows[0]["standard error"] ** 2)
     assert rows[1]["x independent"] == rows[1]["variance x passes"] / rows[0]["variance x passes"]
+
+
+def test_samplers(measured, smoke_run):
+    """Every sampler at every rate; tokens may change in an exact last step too, so that no sampler is without."""
+    given = ["--run", smoke_run, "--judge", smoke_run, "--rate", 2, 4, "--eta", 0.5, "--num", 4]
+    found = measured("samplers", *given, sizes=[], note="; 4 texts of 32 tokens, epsilon_hybrid, step 6")
+    assert [row["sampler"] for row in found] == ["ancestral"] * 2 + ["acs eta 0.5"] * 2
+    assert [row["calls"] for row in found] == [19, 9] * 2  # floor(31 / rate) + 8 / rate
+    assert all(0 < row["corrected"] <= 1 for row in found)
+    assert all(0 < row["entropy"] <= math.log(32) for row in found)
+    assert found[0]["judge perplexity"] == pytest.approx(math.exp(found[0]["judge nats/token"]))
