@@ -15,6 +15,7 @@ VERBS = {
     "sample": "generate texts from a run",
     "import": "make a run folder of a published checkpoint",
     "export": "write a run's weights in another form",
+    "plan": "compile an experiment for a TPU slice that is not here: does it fit, what does it send",
     "draw": "pictures: a hyperschedule, who sees whom, the loss curve of a run",
     "bench": "measure training or sampling speed on this machine",
 }

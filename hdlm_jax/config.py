@@ -54,7 +54,8 @@ def default() -> ConfigDict:
             "interpolation": 0.0,  # drift of the input embedding to the mask's, e^{-interpolation sigma}
             "rotary_base": 10_000.0,
             "vocabulary_multiple": 128,  # embedding and head rows are padded to a multiple of this
-            "remat": "full",  # 'none' | 'full': recompute blocks in the backward pass
+            "remat": "full",  # computed anew in the backward pass: 'none' | 'dots' (all but products) | 'full' (blocks)
+            "attention": "auto",  # 'xla' | 'splash' (TPU) | 'cudnn' (GPU) | 'auto': splash on TPU where it can be
             "dtype": "float32",  # activations: 'float32' | 'bfloat16'
         }
     )
@@ -141,6 +142,7 @@ def default() -> ConfigDict:
             "sample_every": 0,  # steps; 0 = only at the end
             "checkpoint_every": 250,  # steps
             "keep": 3,  # newest checkpoints kept, beside the best
+            "on_save_error": "stop",  # a checkpoint or record that cannot be written: 'stop' | 'continue'
             "max_skipped": 10,  # steps in a row without a finite loss and gradient after which the run stops
         }
     )

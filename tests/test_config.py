@@ -101,7 +101,11 @@ def test_a_text_is_read_as_the_fields_type(name, text, value):
     ("name", "given", "says"),
     [
         ("modle.x", "1", r"modle\.x: got 'modle' \(did you mean 'model'\?\); allowed: 'data', .*'training'"),
-        ("model.hiden", "1", r"model\.hiden: got 'hiden' \(did you mean 'hidden'\?\); allowed: 'blocks', "),
+        (
+            "model.hiden",
+            "1",
+            r"model\.hiden: got 'hiden' \(did you mean 'hidden'\?\); allowed: 'attention', 'blocks', ",
+        ),
         ("sead", "1", r"sead: got 'sead' \(did you mean 'seed'\?\)"),
         ("model", "1", r"model: is a block; allowed: one of its fields, as model\."),
         ("model.hidden.x", "1", r"model\.hidden\.x: got 'x'; allowed: nothing below 'hidden'"),

@@ -10,9 +10,14 @@ from hdlm_jax.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py"))
+SLOW = ("paper", "scale")  # settings of the systems at other sizes
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.parent.name in SLOW)) for path in EXPERIMENTS],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_smoke(path, tmp_path, docs_windows):
     config = configs.load(f"{path}:smoke", {"data.prepared": str(docs_windows)})
     assert train.train(config, tmp_path) == 0

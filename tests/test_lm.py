@@ -180,9 +180,9 @@ def test_logits_of_a_conditioned_model_are_what_a_flat_step_sees():
     hs, tokens_BxL = hyperschedules.flat(L, 4), np.random.default_rng(0).integers(0, N + 1, (2, L))
     parts = conditioned.parts
     chain = loop.Chain(parts.model, hs, parts.schedule, parts.process, None)
-    origin_B, x_BxL = jnp.zeros(2, jnp.int32), jnp.asarray(tokens_BxL, jnp.int32)
+    given_BxL, x_BxL = jnp.zeros((2, L), bool), jnp.asarray(tokens_BxL, jnp.int32)
     recomputed = jit(functools.partial(loop.recomputed_logits, chain))
-    phase, expected = recomputed(conditioned.params, x_BxL, origin_B, jnp.int32(1))
+    phase, expected = recomputed(conditioned.params, x_BxL, given_BxL, jnp.int32(1))
     scores = conditioned.logits(tokens_BxL, parts.schedule.sigma(phase.alpha_t))
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     with pytest.raises(UserError, match="sigma: got None"):

@@ -4,8 +4,8 @@ r"""The paper's gamma-hybrid of gamma 0.01 in a sliding window of L/4, aligned, 
         --config.data.path='openwebtext/*.txt' --config.data.tokenizer=gpt2/tokenizer.json
 
 Rates 1, 2, 4 and 8: --config.hyperschedule.rate=2 and so on.
-Their settled rows see whole windows of rows, here they are causal. Settled rows are predicted in the plain layout only, as
-published (model.inexact_context), and generation then has no cache.
+Their settled rows see whole windows of rows, here they are causal. Settled rows are predicted in the plain layout only,
+as published (model.inexact_context); generation then has no cache.
 
 Expected (published): no number of its own.
 """

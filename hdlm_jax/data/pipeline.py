@@ -27,6 +27,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """This process's rows of every batch from `start_step` on, without end.
 
@@ -37,9 +38,10 @@ def batches(
       start_step: the first step, >= 0; reached in O(1).
       process_index, process_count: which share of each batch this process reads.
       num_workers: processes that read ahead; 0 reads ahead in threads.
+      rows: the rows of each batch to read, of 0 .. B - 1, in the place of a share.
 
     Returns:
-      An iterator of int32 [B / process_count, L]; its `close()` stops the reading ahead.
+      An iterator of int32 [B / process_count, L] (or [len(rows), L]); its `close()` stops the reading ahead.
 
     Raises:
       UserError: a split without a window, or a batch that does not divide among the processes.
@@ -47,13 +49,31 @@ def batches(
     require(start_step >= 0, "start_step", start_step, "a step >= 0")
     import grain
 
-    stream = _stream(split, seed, global_batch, process_index, process_count)[start_step:]
+    if rows is None:
+        stream = _stream(split, seed, global_batch, process_index, process_count)
+    else:
+        single = _stream(split, seed, 1, 0, 1)
+        stream = grain.MapDataset.source(_RowsOfBatches(single, global_batch, list(rows)))
+    stream = stream[start_step:]
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_AHEAD)
     dataset = stream.to_iter_dataset(options)
     if num_workers:
         _parse_absl_flags()
         dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=num_workers))
     return iter(dataset)
+
+
+class _RowsOfBatches(Sequence[np.ndarray]):
+    """Element s: rows s B + r of a stream of single rows, for each r that is asked for."""
+
+    def __init__(self, stream: Any, global_batch: int, rows: list[int]):
+        self._stream, self._global_batch, self._rows = stream, global_batch, rows
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._global_batch
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        return np.concatenate([self._stream[step * self._global_batch + row] for row in self._rows])
 
 
 def batch_at(

@@ -15,6 +15,7 @@ from hdlm_jax.diffusion import visibility
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
 from hdlm_jax.diffusion.level_laws import Table
 from hdlm_jax.diffusion.phases import Phase
+from hdlm_jax.models import fused_attention
 from hdlm_jax.models.attention import Attention, band_scores, dense, join, over, over_band, scores
 from hdlm_jax.models.transformer import TransformerConfig
 
@@ -63,7 +64,7 @@ def plain(config: TransformerConfig, zt_BxL: Array, phase: Phase, trailing: bool
     R = L + extra
     row_R = jnp.arange(R)
     if config.visibility == "full":
-        attention = dense()
+        attention = fused_attention.attention(config, R, None, dense())
     else:
         start_B, stop_B = phase.start[:, 0], phase.stop[:, 0] + extra
         visible = visibility.one_text(
@@ -73,7 +74,7 @@ def plain(config: TransformerConfig, zt_BxL: Array, phase: Phase, trailing: bool
             stop_B[:, None, None],
             config.context_group,
         )
-        attention = dense(visible)
+        attention = fused_attention.attention(config, R, None, dense(visible), "rows of one text with a window")
     return Rows(
         held(config, zt_BxL, R, config.bos_id),
         jnp.broadcast_to(row_positions(config, row_R)[None, :], (B, R)),
@@ -104,7 +105,7 @@ def tiled(config: TransformerConfig, x0_BxL: Array, zt_BxL: Array, phase: Phase,
         noised, alpha = jnp.where(opens, clean, noised), jnp.where(opens, 1.0, alpha)
     rows = jnp.broadcast_to(row_positions(config, row_L)[None, :], (B, L))
     tokens, positions, alphas = [clean, noised], [rows, rows], [jnp.ones_like(alpha), alpha]
-    trailing_start = None
+    trailing_start, obstacle = None, "windows with a trailing row" if windows else ""
     if windows:
         index_BxL = jnp.cumsum(row_L[None, :] == phase.start, axis=1) - 1
         member = index_BxL[:, None, :] == jnp.arange(windows)[None, :, None]
@@ -117,7 +118,13 @@ def tiled(config: TransformerConfig, x0_BxL: Array, zt_BxL: Array, phase: Phase,
         jnp.concatenate(tokens, 1),
         jnp.concatenate(positions, 1),
         jnp.concatenate(alphas, 1),
-        _tiled_attention(phase.start, trailing_start, width, config.context_group),
+        fused_attention.attention(
+            config,
+            2 * L,
+            fused_attention.tiled_sight(phase.start, phase.stop, width, config.context_group),
+            _tiled_attention(phase.start, trailing_start, width, config.context_group),
+            obstacle,
+        ),
         (L, 2 * L),
     )
 
@@ -140,7 +147,9 @@ def causal(config: TransformerConfig, x0_BxL: Array) -> Rows:
     sees = visibility.settled_sees(row_L[:, None], row_L[None, :])[None]
     positions = jnp.broadcast_to(row_positions(config, row_L)[None, :], (B, L))
     tokens = held(config, x0_BxL, L, config.bos_id)
-    return Rows(tokens, positions, jnp.ones((B, L)), dense(sees), (0, L))
+    sight = fused_attention.causal_sight((B, L))
+    attention = fused_attention.attention(config, L, sight, dense(sees))
+    return Rows(tokens, positions, jnp.ones((B, L)), attention, (0, L))
 
 
 def most_windows(hs: Hyperschedule) -> int:

@@ -5,6 +5,7 @@ negative ELBO, summed over positions. Letters: B texts, L positions, V scores.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from hdlm_jax.diffusion import noising, phases, visibility
 from hdlm_jax.diffusion.losses import cross_entropy
 from hdlm_jax.diffusion.phases import Phase
 from hdlm_jax.models import layouts
+from hdlm_jax.models.devices import over_texts
 from hdlm_jax.models.layouts import Rows
 from hdlm_jax.models.parts import Parts, counts_masks
 from hdlm_jax.models.transformer import forward, logits
@@ -50,6 +52,7 @@ def noise(parts: Parts, rng: Array, x0_BxL: Array, training: bool = True, mirror
             return Noised(_either(parts, noise_rng, x0_BxL, phase.alpha_t, mirrored), phase)
     else:
         origin_B = _origins(origin_rng, B, L, parts.origin_share if training else 0.0)
+        origin_B = origin_B // parts.model.context_group * parts.model.context_group
         law = parts.hs, parts.schedule, alpha_max
         if parts.layout == "tiled":
             phase = phases.tiled(phase_rng, origin_B, *law, noise_range, variance)
@@ -140,10 +143,15 @@ def terms(parts: Parts, params: dict, x0_BxL: Array, noised: Noised, per_positio
     """
     hidden, fed = _run(parts, params, x0_BxL, noised, None)
     first, end = fed.predicting
-    pieces = _pieces(parts, hidden[:, first:end], (x0_BxL, *noised))
-    head = _head(params)
-    out = jax.lax.map(lambda piece: per_position(_scores(parts, head, piece[0]), *piece[1]), pieces)
-    return {name: x.reshape(-1)[: x0_BxL.size].reshape(x0_BxL.shape) for name, x in out.items()}
+
+    def of_device(head, texts):
+        hidden_BxLxD, columns = texts
+        take = lambda piece: per_position(_scores(parts, head, piece[0]), *piece[1])
+        out = jax.lax.map(take, _pieces(parts, hidden_BxLxD, columns))
+        shape = hidden_BxLxD.shape[:2]
+        return (), {name: x.reshape(-1)[: math.prod(shape)].reshape(shape) for name, x in out.items()}
+
+    return over_texts(of_device, _small(_head(params), hidden), (hidden[:, first:end], (x0_BxL, *noised)))[1]
 
 
 def mean_loss(
@@ -151,8 +159,8 @@ def mean_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """The training loss of a noised batch, nats per token, and its terms (which carry no gradient).
 
-    Scores exist for `rows_per_chunk` rows at a time; where a gradient is asked for it is taken chunk by
-    chunk on the way forward, so that no scores are kept or computed twice.
+    Scores exist for `rows_per_chunk` rows at a time on each device; where a gradient is asked for it is taken
+    chunk by chunk on the way forward, so that no scores are kept or computed twice.
 
     Args:
       dropout_rng: PRNG key; None switches dropout off.
@@ -160,10 +168,10 @@ def mean_loss(
     hidden, fed = _run(parts, params, x0_BxL, noised, dropout_rng)
     first, end = fed.predicting
     head, columns = _head(params), (x0_BxL, *noised)
-    total, sums = _head_loss(parts, parts.loss.terms, head, *_pieces(parts, hidden[:, first:end], columns))
+    total, sums = _head_loss(parts, parts.loss.terms, head, hidden[:, first:end], columns)
     if parts.context_weight and first:  # the clean copy's rows are those of a GPT
-        clean = _pieces(parts, hidden[:, : x0_BxL.shape[1]], (*columns, jnp.ones(x0_BxL.shape)))
-        extra, more = _head_loss(parts, _next_token, head, *clean)
+        clean = (*columns, jnp.ones(x0_BxL.shape))
+        extra, more = _head_loss(parts, _next_token, head, hidden[:, : x0_BxL.shape[1]], clean)
         total, sums = total + parts.context_weight * extra, sums | more
     means = {name: jax.lax.stop_gradient(x) / x0_BxL.size for name, x in sums.items()}
     return total / x0_BxL.size, means
@@ -175,24 +183,34 @@ def _next_token(scores_RxV: Array, x0_R: Array, zt_R: Array, phase: Phase, count
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _head_loss(
-    parts: Parts, per_position: Callable, head: dict, hidden_CxRxD: Array, columns
+    parts: Parts, per_position: Callable, head: dict, hidden_BxLxD: Array, columns
 ) -> tuple[Array, dict[str, Array]]:
-    """Sum of the terms, and of each of them, over C chunks of rows."""
-    chunk = functools.partial(_chunk_loss, parts, per_position, head)
-    return jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda piece: chunk(*piece), (hidden_CxRxD, columns)))
+    """Sum of the terms over all rows, and of each of them."""
+
+    def of_device(head, texts):
+        chunks = jax.lax.map(lambda piece: _chunk_loss(parts, per_position, head, *piece), _pieces(parts, *texts))
+        return jax.tree.map(jnp.sum, chunks), ()
+
+    return over_texts(of_device, _small(head, hidden_BxLxD), (hidden_BxLxD, columns))[0]
 
 
-def _head_loss_forward(parts, per_position, head, hidden_CxRxD, columns):
-    chunk = functools.partial(_chunk_loss, parts, per_position)
-    grad = jax.value_and_grad(chunk, argnums=(0, 1), has_aux=True)
+def _head_loss_forward(parts, per_position, head, hidden_BxLxD, columns):
+    grad = jax.value_and_grad(functools.partial(_chunk_loss, parts, per_position), argnums=(0, 1), has_aux=True)
 
-    def add(head_gradient, piece):
-        sums, (to_head, to_hidden) = grad(head, *piece)
-        return jax.tree.map(jnp.add, head_gradient, to_head), (sums, to_hidden)
+    def of_device(head, texts):
+        def add(head_gradient, piece):
+            sums, (to_head, to_hidden) = grad(head, *piece)
+            wider = jax.tree.map(lambda total, x: total + x.astype(total.dtype), head_gradient, to_head)
+            return wider, (sums, to_hidden)
 
-    zeros = jax.tree.map(jnp.zeros_like, head)
-    head_gradient, (sums, hidden_gradient) = jax.lax.scan(add, zeros, (hidden_CxRxD, columns))
-    return jax.tree.map(lambda x: x.sum(0), sums), (head_gradient, hidden_gradient)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), head)
+        head_gradient, (sums, to_hidden) = jax.lax.scan(add, zeros, _pieces(parts, *texts))
+        shape = texts[0].shape
+        to_hidden = to_hidden.reshape(-1, shape[-1])[: math.prod(shape[:2])].reshape(shape)
+        return (head_gradient, jax.tree.map(jnp.sum, sums)), to_hidden
+
+    outs, to_hidden = over_texts(of_device, _small(head, hidden_BxLxD), (hidden_BxLxD, columns))
+    return outs[1], (outs[0], to_hidden)
 
 
 def _head_loss_backward(parts, per_position, gradients, cotangent):
@@ -219,7 +237,12 @@ def _run(parts: Parts, params: dict, x0_BxL: Array, noised: Noised, dropout_rng:
 
 
 def _head(params: dict) -> dict:
-    return {name: x for name, x in params.items() if name != "blocks"}
+    return {name: params[name] for name in ("head_kernel", "head_bias")}
+
+
+def _small(head: dict, hidden: Array) -> dict:
+    """The head as its product reads it: a kernel that goes to every device goes in the activations' dtype."""
+    return head | {"head_kernel": head["head_kernel"].astype(hidden.dtype)}
 
 
 def _scores(parts: Parts, head: dict, hidden_RxD: Array) -> Array:

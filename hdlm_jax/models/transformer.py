@@ -17,9 +17,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from hdlm_jax.errors import require
 from hdlm_jax.models.attention import KV, Attention, dense
+from hdlm_jax.models.devices import by_text, lookup, product
 
 SINUSOIDS = 256  # features of the noise-level embedding
 MAX_PERIOD = 10_000.0
@@ -45,7 +47,8 @@ class TransformerConfig:
     interpolation: float = 0.0  # gamma of the embedding's drift to the mask, e^{-gamma sigma}
     rotary_base: float = 10_000.0
     vocabulary_multiple: int = 128  # embedding and head rows are padded to a multiple of this
-    remat: str = "full"  # 'none' | 'full': recompute each block in the backward pass
+    remat: str = "full"  # what the backward pass computes anew: 'none' | 'dots' (all but products) | 'full' (blocks)
+    attention: str = "auto"  # 'xla' | 'splash' (TPU) | 'cudnn' (GPU) | 'auto' (models/fused_attention.py)
     dtype: str = "float32"  # of activations; params, norms, softmax and logits stay float32
 
     def __post_init__(self):
@@ -95,9 +98,15 @@ class TransformerConfig:
 CHOICES = {
     "prediction": ("aligned", "shifted"),
     "visibility": ("full", "prefix"),
-    "remat": ("none", "full"),
+    "remat": ("none", "dots", "full"),
+    "attention": ("auto", "xla", "splash", "cudnn"),
     "dtype": ("float32", "bfloat16", "float64"),
 }
+
+
+WIDER, NARROWER = P(None, "tensor"), P("tensor", None)  # how kernels [D, wide] and [wide, D] are cut in a product
+KERNELS = {"qkv": WIDER, "mlp_in": WIDER, "out": NARROWER, "mlp_out": NARROWER}
+REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}  # what is kept
 
 
 def rotary_angles(config: TransformerConfig, positions_BxR: Array, dtype: Any) -> tuple[Array, Array]:
@@ -176,12 +185,19 @@ class Block(nn.Module):
 
         h = _modulate(Norm(name="norm_mlp")(x_BxRxD), shift_m, scale_m)
         h = nn.gelu(self.dense("mlp_in", h, c.mlp_ratio * D), approximate=True)
-        x_BxRxD = x_BxRxD + self.residual(rngs[2], self.dense("mlp_out", h, D), gate_m)
+        x_BxRxD = by_text(x_BxRxD + self.residual(rngs[2], self.dense("mlp_out", h, D), gate_m))
         return x_BxRxD, (KV(k, v) if self.return_kv else None)
 
     def dense(self, name: str, x_BxRxD: Array, features: int, use_bias: bool = True) -> Array:
         """A Dense layer on rows laid flat: its gradient is then one plain product, with nothing transposed."""
-        layer = nn.Dense(features, use_bias, dtype=x_BxRxD.dtype, kernel_init=nn.initializers.lecun_normal(), name=name)
+        layer = nn.Dense(
+            features,
+            use_bias,
+            dtype=x_BxRxD.dtype,
+            kernel_init=nn.initializers.lecun_normal(),
+            dot_general=lambda x, kernel, *_, **__: product(x, kernel, KERNELS[name]),
+            name=name,
+        )
         return layer(x_BxRxD.reshape(-1, x_BxRxD.shape[-1])).reshape(*x_BxRxD.shape[:-1], features)
 
     def modulation(self, condition_BxRxC):
@@ -233,7 +249,7 @@ class Transformer(nn.Module):
     def blocks(self, x_BxRxD, rotary, condition, attention, past, rngs, return_kv):
         """All blocks by one scan over their stacked parameters."""
         c = self.config
-        block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False)
+        block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
         scan = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -250,7 +266,7 @@ class Transformer(nn.Module):
     def embed(self, tokens_BxR: Array, sigma_BxR: Array | None = None) -> Array:
         """Input rows [B, R, D]; with interpolation g: e^{-g sigma} E[token] + (1 - e^{-g sigma}) E[mask]."""
         c = self.config
-        x_BxRxD = self.embedding[tokens_BxR]
+        x_BxRxD = lookup(self.embedding, tokens_BxR)
         if c.interpolation:
             stay = jnp.exp(-c.interpolation * sigma_BxR)[..., None]
             x_BxRxD = stay * x_BxRxD + (1 - stay) * self.embedding[c.num_tokens][None, None, :]

@@ -95,7 +95,7 @@ class Checkpoints:
           CheckpointError: this step could not be started; or the save before could not be finished (this
             one then has started all the same). Older steps are unharmed in both cases.
         """
-        failure = self._finish()
+        failure = _agreed(self._finish())
         started = step not in self.steps()
         if started:
             self._start(step, state, metrics or {})
@@ -105,7 +105,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until nothing is being written; raises `CheckpointError` if the last save failed."""
-        failure = self._finish()
+        failure = _agreed(self._finish())
         if failure:
             raise failure
 
@@ -124,7 +124,7 @@ class Checkpoints:
         """
         self.wait()
         wanted = named_leaves(abstract)
-        manifest.compile_checksums(wanted.values())
+        manifest.compile_ahead(wanted.values())
         read = lambda step: self._storage.read_leaves(self._manager, self.folder, step, wanted)
         found, step, damaged = _newest(self.steps(), read)
         if found is None and damaged:
@@ -267,6 +267,13 @@ def _everywhere(here: bool) -> bool:
     if jax.process_count() == 1:
         return here
     return bool(np.all(multihost_utils.process_allgather(np.array(here))))
+
+
+def _agreed(failure: CheckpointError | None) -> CheckpointError | None:
+    """What failed, in every process if it failed in one."""
+    if _everywhere(failure is None):
+        return None
+    return failure or CheckpointError("a checkpoint could not be written by another process (see its log)")
 
 
 def _meet(place: str) -> None:

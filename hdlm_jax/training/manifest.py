@@ -50,8 +50,8 @@ def checksums(leaves: Mapping[str, Array]) -> dict[str, Array]:
     return dict(zip(leaves, _program(_kinds(leaves.values()))(list(leaves.values())), strict=True))
 
 
-def compile_checksums(leaves: Iterable[Any]) -> None:
-    """Compiles ahead what the first save would have to wait for; takes arrays or their abstract shapes."""
+def compile_ahead(leaves: Iterable[Any]) -> None:
+    """Compiles what the first save would have to wait for; takes arrays or their abstract shapes."""
     _program(_kinds(leaves))
 
 

@@ -16,6 +16,7 @@ class Progress:
       first: steps done before.
       stream: standard error by default.
       now: seconds on a clock that never goes back.
+      shown: False for a process that is to be silent.
     """
 
     def __init__(
@@ -24,14 +25,16 @@ class Progress:
         first: int = 0,
         stream: TextIO | None = None,
         now: Callable[[], float] = time.monotonic,
+        shown: bool = True,
     ):
         self._total, self._first, self._now = total, first, now
         self._stream = sys.stderr if stream is None else stream
         self._start, self._shown = now(), float("-inf")
         self._bar: Any = None
+        self._visible = shown
 
     def __enter__(self) -> "Progress":
-        if self._stream.isatty():
+        if self._visible and self._stream.isatty():
             import tqdm
 
             self._bar = tqdm.tqdm(
@@ -60,7 +63,7 @@ class Progress:
         """Prints a line of its own, above the bar."""
         if self._bar is not None:
             self._bar.write(message, file=self._stream)
-        else:
+        elif self._visible:
             print(message, file=self._stream, flush=True)
 
 

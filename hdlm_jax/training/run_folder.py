@@ -49,14 +49,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def refuse_other(workdir: Path, config: ConfigDict) -> None:
-    """Checks that the folder is free, or holds this very experiment; nothing is written.
+    """Checks that the folder is free, or holds this very experiment (on any mesh); nothing is written.
 
     Raises:
       UserError: the folder holds another experiment; the message shows the differing fields.
     """
     if not (workdir / "config.json").exists():
         return
-    if diff := configs.differences(read_config(workdir), config):
+    begun = read_config(workdir)
+    begun.mesh.update(config.mesh)  # a checkpoint can be laid out anew: where a run goes on may change
+    if diff := configs.differences(begun, config):
         raise UserError(
             f"--workdir: {workdir} holds another experiment; allowed: the same config, or a new folder\n{diff}"
         )

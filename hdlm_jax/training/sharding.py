@@ -4,21 +4,22 @@ The model knows nothing of devices. Three mesh axes: `data` (each holds other ro
 too, and the parameters are cut over it), `tensor` (the same rows, wide layers cut).
 """
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hdlm_jax.errors import UserError, require
+from hdlm_jax.models.devices import ROWS
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes over which the rows of a batch are cut
 
 Rules = Sequence[tuple[str, P]]
 
@@ -32,7 +33,7 @@ RULES: Rules = (
     (r"sigma_(in|out)/(kernel|bias)", P()),
     (r"blocks/norm_\w+/scale", P()),
     (r"blocks/(qkv|mlp_in)/kernel", P(None, "fsdp", "tensor")),  # [blocks, D, 3D or F]
-    (r"blocks/(out|mlp_out)/kernel", P(None, "tensor", "fsdp")),  # [blocks, D or F, D]
+    (r"blocks/(out|mlp_out)/kernel", P(None, ("tensor", "fsdp"))),  # [blocks, D or F, D]
     (r"blocks/mlp_in/bias", P(None, "tensor")),
     (r"blocks/mlp_out/bias", P()),
     (r"blocks/modulation/kernel", P(None, None, "fsdp")),  # [blocks, C, 6D]
@@ -113,14 +114,71 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
+def under(mesh: Mesh, function: Callable) -> Callable:
+    """The same function, traced for a mesh: what each device runs on its own rows finds it (models/devices.py)."""
+
+    @functools.wraps(function)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def local_rows(mesh: Mesh, batch: int) -> list[int]:
+    """The rows of a batch that lie on this process's devices, in order.
+
+    >>> from ml_collections import ConfigDict
+    >>> local_rows(mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})), 8)
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    return sorted({row for (part,) in held for row in range(*part.indices(batch))})
+
+
+def place_rows(mesh: Mesh, batch: int, rows_RxL: np.ndarray) -> jax.Array:
+    """The global array of a batch from the rows that are here, `local_rows` of it."""
+    first = {row: i for i, row in enumerate(local_rows(mesh, batch))}
+
+    def of_device(index):
+        start, stop, _ = index[0].indices(batch)
+        return rows_RxL[first[start] : first[start] + stop - start]
+
+    return jax.make_array_from_callback((batch, *rows_RxL.shape[1:]), batch_sharding(mesh), of_device)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
 
 
+def on_one_device(mesh: Mesh, weights: Any) -> Any:
+    """Weights on the first device of each process, if every device has twice the room for them; else as they lie.
+
+    For generation, whose many small calls would wait for the network at every parameter that is cut.
+    """
+    if mesh.size == 1:
+        return weights
+    size = sum(x.nbytes for x in jax.tree.leaves(weights))
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    free = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if "bytes_limit" in s]  # a CPU does not tell
+    fits = all(2 * size < room for room in free)
+    if mesh.is_multi_process:
+        fits = bool(np.all(multihost_utils.process_allgather(np.array(fits))))
+    if not fits:
+        return weights
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(weights)
+    return jax.tree.map(lambda x: x.addressable_data(0), whole)
+
+
 def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
     """Raises `UserError` unless the rows of each pass divide evenly over the devices that hold rows."""
     require(accumulation >= 1, "training.accumulation", accumulation, "a positive integer")
-    parts = accumulation * math.prod(mesh.shape[axis] for axis in ROWS)
+    parts = accumulation * row_parts(mesh)
     allowed = f"a positive multiple of {parts} (training.accumulation x mesh.data x mesh.fsdp)"
     require(batch >= 1 and batch % parts == 0, "training.batch", batch, allowed)

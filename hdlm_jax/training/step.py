@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from hdlm_jax.models import passes
+from hdlm_jax.models.devices import by_text
 from hdlm_jax.models.parts import Parts
 from hdlm_jax.training import optimizer as optimizers
 from hdlm_jax.training.state import TrainState
@@ -75,6 +76,7 @@ def _accumulated(loss: Callable, passes_per_step: int, params, batch, rng):
 
     def add(total, piece):
         i, part = piece
+        part = jax.tree.map(by_text, part)  # every pass on all devices
         return jax.tree.map(jnp.add, total, grad(params, part, jax.random.fold_in(rng, i))), None
 
     pieces = (jnp.arange(passes_per_step), jax.tree.map(cut, batch))

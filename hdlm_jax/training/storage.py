@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,15 @@ def manager(
 
 def save(manager: ocp.CheckpointManager, step: int, leaves: Mapping[str, Array], metrics: Mapping[str, float]):
     """Starts writing the arrays and their manifest; returns as soon as the arrays may be donated."""
+    finish: Future = Future()
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(unflatten_dict(dict(leaves), sep="/")),
-        manifest=_ManifestSave(manifest.begin(leaves, metrics)),
+        manifest=_ManifestSave(lambda: finish.result()()),
     )
-    manager.save(step, args=items, force=True)
+    try:
+        manager.save(step, args=items, force=True)
+    finally:  # not before: on a CPU the checksums would take the cores from Orbax's start
+        finish.set_result(manifest.begin(leaves, metrics))
 
 
 def read_manifest(folder: Path, step: int) -> dict[str, Any]:

@@ -5,8 +5,12 @@
   hdlm train --config experiments/quickstart.py --workdir runs/wide --config.model.hidden=256
   hdlm train --init runs/published --workdir runs/finetuned --config.data.source=text --config.data.path='books/*.txt'
 
-The folder holds config.json, env.json, tokenizer files, metrics.jsonl, TensorBoard events, checkpoints/
-and samples/. Ctrl-C (or SIGTERM) finishes the step, saves and exits.
+The folder holds config.json, env.json, tokenizer files, metrics.jsonl, TensorBoard events, checkpoints/,
+samples/ and hosts/ (a heartbeat of each process). Ctrl-C (or SIGTERM) finishes the step, saves and exits.
+
+On several hosts, start the same command once on each, with a --workdir that they share. A TPU slice, SLURM and
+Open MPI are recognised; anywhere else name a coordinator:
+  hdlm train --config C --workdir DIR --coordinator host0:1234 --num-processes 2 --process-id 0   (1 on the other)
 """
 
 from hdlm_jax import config as configs
@@ -19,18 +23,46 @@ def add_arguments(parser):
     weights = "or a run: its experiment, tokenizer and weights (with --config: --config.training.initial=RUN)"
     experiment.add_argument("--init", metavar="RUN", help=weights)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run folder")
+    profile = "a profiler trace of COUNT steps from step FIRST on, into the run folder's profile/"
+    parser.add_argument("--profile", default="0:0", metavar="FIRST:COUNT", help=profile)
+    joined = parser.add_argument_group("several processes, one per host, each with this command")
+    mode = "'auto' (default): join those of a TPU slice, SLURM or Open MPI, if any; 'on': join or fail; 'off'"
+    joined.add_argument("--distributed", default="auto", metavar="MODE", help=mode)
+    joined.add_argument("--coordinator", metavar="HOST:PORT", help="an address of process 0, where nothing tells it")
+    joined.add_argument("--num-processes", type=int, metavar="N", help="with --coordinator: how many there are")
+    joined.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: which one this is, from 0")
+    timeout = "after so long without a sign a process counts as dead (default: 100)"
+    joined.add_argument("--peer-timeout", type=int, default=100, metavar="SECONDS", help=timeout)
 
 
 def run(args) -> int:
     """Trains to the end, or to a signal."""
-    from hdlm_jax.training import train
+    from hdlm_jax.training import compilation, distributed
 
+    profile, config = _profile(args.profile), _config(args)
+    names = ("coordinator", "num_processes", "process_id", "peer_timeout")
+    with distributed.joined(args.distributed, **{name: getattr(args, name) for name in names}):
+        from hdlm_jax.training import train
+
+        compilation.keep()
+        return train.train(config, args.workdir, profile)
+
+
+def _config(args):
+    """The experiment, or that of the run to start from."""
     if args.init is None:
-        return train.train(configs.load(args.config, args.overrides), args.workdir)
+        return configs.load(args.config, args.overrides)
     from pathlib import Path
 
     from hdlm_jax.training import run_folder
 
     config = run_folder.read_config(Path(args.init))
     changes = {"training.initial": args.init, "data.tokenizer": args.init, **args.overrides}
-    return train.train(configs.override(config, changes), args.workdir)
+    return configs.override(config, changes)
+
+
+def _profile(text: str) -> tuple[int, int]:
+    """(first step, how many) of --profile."""
+    parts = text.split(":")
+    configs.require(len(parts) == 2 and all(map(str.isdigit, parts)), "--profile", text, "FIRST:COUNT, as 10:3")
+    return int(parts[0]), int(parts[1])

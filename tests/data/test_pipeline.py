@@ -193,3 +193,9 @@ def test_what_held_out_batches_and_windows_refuse():
         pipeline.windows_of_text("", tokenizers.build("bytes"), 4)
     with pytest.raises(UserError, match="data.length: got 0"):
         pipeline.windows_of_text("x", tokenizers.build("bytes"), 0)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [2, 3], [0, 3], [1]])
+def test_any_rows_of_each_batch_can_be_read(rows):
+    for step, batch in enumerate(take(9, 5, 4, 7, rows=rows), 7):
+        np.testing.assert_array_equal(batch, pipeline.batch_at(WINDOWS, 5, 4, step)[rows])

@@ -334,7 +334,7 @@ def test_a_fresh_network_predicts_every_token_alike():
         ({"prediction": "shifted"}, r"model.bos_id: got None; allowed: a token id"),
         ({"visibility": "causal"}, r"model.visibility: got 'causal'; allowed: 'full', 'prefix'"),
         ({"context_group": 0}, r"model.context_group: got 0; allowed: a positive integer"),
-        ({"remat": "some"}, r"model.remat: got 'some'; allowed: 'none', 'full'"),
+        ({"remat": "some"}, r"model.remat: got 'some'; allowed: 'none', 'dots', 'full'"),
         ({"dtype": "float16"}, r"model.dtype: got 'float16'"),
     ],
 )

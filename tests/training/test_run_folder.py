@@ -105,6 +105,14 @@ def test_another_experiment_is_refused_with_a_diff_and_nothing_changes(tmp_path)
     assert contents(tmp_path) == before
 
 
+def test_the_same_experiment_on_another_mesh_is_welcome(tmp_path):
+    run_folder.claim(tmp_path, configs.default(), MANIFEST)
+    before = contents(tmp_path)
+    other = configs.override(configs.default(), {"mesh.data": 2, "mesh.fsdp": 4})
+    run_folder.claim(tmp_path, other, MANIFEST)
+    assert contents(tmp_path) == before
+
+
 def test_other_data_are_refused_with_both_names_and_nothing_changes(tmp_path):
     run_folder.claim(tmp_path, configs.default(), MANIFEST)
     before = contents(tmp_path)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -122,3 +123,38 @@ def test_a_batch_that_does_not_divide_is_refused(batch, accumulation):
 def test_no_accumulation_is_refused():
     with pytest.raises(UserError, match="training.accumulation: got 0"):
         sharding.check_batch(8, 0, sharding.mesh(block()))
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_a_batch_is_placed_by_global_row(shape):
+    """The rows that are here, in any share, come to lie where `batch_sharding` cuts them."""
+    mesh = sharding.mesh(block(*shape))
+    rows_BxL = np.arange(8 * 3).reshape(8, 3)
+    assert sharding.local_rows(mesh, 8) == list(range(8))  # all devices are of this process
+    placed = sharding.place_rows(mesh, 8, rows_BxL)
+    assert placed.sharding == sharding.batch_sharding(mesh)
+    np.testing.assert_array_equal(placed, rows_BxL)
+
+
+def test_rows_that_do_not_lie_side_by_side(monkeypatch):
+    """As on a slice whose devices are in the order of its torus: a process has rows 0, 1, 4 and 5."""
+    mesh = sharding.mesh(block(4, 1, 2))
+    cut, mine = sharding.batch_sharding(mesh), [0, 1, 4, 5]
+
+    class Cut:
+        def addressable_devices_indices_map(self, shape):
+            parts = cut.addressable_devices_indices_map(shape)
+            return {device: index for device, index in parts.items() if index[0].start in (0, 4)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "batch_sharding", lambda _: Cut())
+        assert sharding.local_rows(mesh, 8) == mine
+
+
+def test_weights_for_generation_lie_whole_on_one_device():
+    mesh = sharding.mesh(block(2, 2, 2))
+    params = {"head_kernel": jnp.arange(16.0).reshape(4, 4)}
+    cut = jax.device_put(params, sharding.shardings(params, mesh))
+    whole = sharding.on_one_device(mesh, cut)["head_kernel"]
+    assert whole.devices() == {jax.local_devices()[0]}
+    np.testing.assert_array_equal(whole, params["head_kernel"])

@@ -83,7 +83,7 @@ def compiled(update, sizes=ONE):
     places = jax.tree.map(lambda x: x.sharding, state.abstract(fresh_params, update.tx, mesh))
     everywhere = sharding.replicated(mesh)
     return jax.jit(
-        functools.partial(train_step, update),
+        sharding.under(mesh, functools.partial(train_step, update)),
         in_shardings=(places, sharding.batch_sharding(mesh), everywhere),
         out_shardings=(places, everywhere),
         compiler_options=FAST_COMPILATION,
@@ -132,7 +132,7 @@ def test_the_mesh_does_not_change_the_losses(plain, sizes):
 
 def test_the_noise_is_the_same_on_every_mesh():
     parts, drawn = update_of().parts, []
-    for sizes in (ONE, (8, 1, 1), (2, 2, 2)):
+    for sizes in (ONE, (8, 1, 1), (1, 8, 1), (2, 2, 2)):
         mesh = mesh_of(sizes)
         draw = jax.jit(
             functools.partial(passes.noise, parts),

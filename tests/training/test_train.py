@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +18,9 @@ import pytest
 
 from hdlm_jax import lm
 from hdlm_jax.__main__ import main
-from hdlm_jax.data import prepare
-from hdlm_jax.training import metrics, optimizer, run_folder, storage, train
+from hdlm_jax.data import pipeline, prepare
+from hdlm_jax.errors import UserError
+from hdlm_jax.training import goodput, loop, metrics, optimizer, run_folder, storage, train
 from hdlm_jax.training.metrics import MetricsLog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +44,8 @@ def saved(folder, step=STEPS):
 
 
 def untimed(folder):
-    return [{name: x for name, x in row.items() if name not in TIMED} for row in metrics.read(folder)]
+    timed = lambda name: name in TIMED or name.startswith("goodput/")
+    return [{name: x for name, x in row.items() if not timed(name)} for row in metrics.read(folder)]
 
 
 def assert_equals_the_straight_run(folder, smoke_run):
@@ -80,6 +83,7 @@ def test_a_run_folder_holds_what_the_help_promises(smoke_run):
         "metrics.jsonl",
         "checkpoints",
         "samples",
+        "hosts",
     }
     assert {path.name for path in (smoke_run / "checkpoints").iterdir()} == {"2", "4", "6"}
     assert [path.name for path in (smoke_run / "samples").iterdir()] == [f"step{STEPS}.json"]
@@ -95,7 +99,8 @@ def test_metrics_are_logged_when_the_config_says(smoke_run):
     config = run_folder.read_config(smoke_run)
     others = {"step", *(f"train/{name}" for name in ("loss", "gradient_norm", "learning_rate", "skipped")), *TIMED}
     weight = {"train/context": config.loss.context_weight}
-    terms = [weight.get(name, 1.0) * value for name, value in first.items() if name not in others]
+    own = {name: x for name, x in first.items() if name.startswith("train/") and name not in others}
+    terms = [weight.get(name, 1.0) * value for name, value in own.items()]
     assert len(terms) > 1 and first["train/loss"] == pytest.approx(sum(terms))
     rate = optimizer.learning_rate(config.optimizer, STEPS)
     assert first["train/learning_rate"] == pytest.approx(float(rate(0)))
@@ -105,7 +110,7 @@ def test_metrics_are_logged_when_the_config_says(smoke_run):
 def test_samples_are_finished_texts(smoke_run):
     record = json.loads((smoke_run / "samples" / f"step{STEPS}.json").read_text())
     assert record["step"] == STEPS and record["sampler"]["kind"] == "acs"
-    assert len(record["texts"]) == train.SAMPLES and all(record["texts"])
+    assert len(record["texts"]) == loop.SAMPLES and all(record["texts"])
 
 
 def test_tensorboard_reads_the_events(smoke_run):
@@ -121,6 +126,45 @@ def test_the_running_mean_is_not_the_last_weights(smoke_run):
     mean, last = (lm.load(smoke_run, weights).params for weights in ("ema", "raw"))
     differ = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), mean, last)
     assert all(jax.tree.leaves(differ))
+
+
+def test_the_time_of_a_run_is_accounted_for(smoke_run):
+    last = [row for row in metrics.read(smoke_run) if "goodput/step" in row][-1]
+    assert {f"goodput/{kind}" for kind in goodput.KINDS} < last.keys()
+    assert last["goodput/compile"] > 0 and last["goodput/evaluate"] > 0 and last["goodput/save"] > 0
+    assert last["goodput/lost"] == last["goodput/down"] == 0 and 0 < last["goodput/share"] < 1
+
+
+def test_every_process_leaves_a_heartbeat(smoke_run):
+    lines = [json.loads(line) for line in (smoke_run / "hosts/process0.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {line["host"] for line in lines} == {socket.gethostname()}
+    assert all(line["seconds_per_step"] > 0 and line["host_memory"] > 2**20 for line in lines)
+
+
+def test_a_profile_on_request(copied, smoke_command, capfd):
+    shutil.rmtree(copied / "checkpoints")
+    assert main(smoke_command(copied, "--profile", "2:1")) == 0
+    assert list((copied / "profile").rglob("*.xplane.pb"))
+    refused(capfd, smoke_command(copied, "--profile", "2"), "--profile: got '2'; allowed: FIRST:COUNT")
+
+
+@pytest.mark.parametrize("choice", ["stop", "continue"])
+def test_a_checkpoint_that_cannot_be_written(choice, smoke_command, tmp_path, monkeypatch, capfd):
+    """The disk is full for the saves before the last: the run stops, or says so and goes on."""
+    run, full = tmp_path / "run", shutil.disk_usage(tmp_path)._replace(free=0)
+    plain, asked = shutil.disk_usage, itertools.count(1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full if next(asked) in (2, 3) else plain(path))
+    command = smoke_command(run, f"--config.training.on_save_error={choice}", "--config.training.steps=6")
+    says = "checkpoint 4 could not be written to"
+    if choice == "stop":
+        refused(capfd, command, says)
+        assert {path.name for path in (run / "checkpoints").iterdir()} == {"2"}  # unharmed
+    else:
+        assert main(command) == 0
+        error = capfd.readouterr().err
+        assert says in error and "going on, as training.on_save_error says" in error
+        assert {path.name for path in (run / "checkpoints").iterdir()} == {"2"}  # 6 could not be written either
 
 
 # ---- resume
@@ -193,6 +237,16 @@ def test_a_truncated_checkpoint_is_set_aside_and_its_steps_done_again(copied, sm
     assert "resumed at step 4" in out
     assert (copied / "checkpoints/bad-6").is_dir()
     assert_equals_the_straight_run(copied, smoke_run)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(copied, smoke_run, smoke_command, capfd):
+    shutil.rmtree(copied / "checkpoints/6")
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+    assert main(smoke_command(copied, *mesh)) == 0
+    assert "resumed at step 4" in capfd.readouterr().out
+    for a, b in zip(untimed(smoke_run), untimed(copied), strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
 
 
 # ---- what it refuses, with nothing changed
@@ -295,6 +349,13 @@ def test_a_run_without_finite_losses_stops_and_keeps_the_last_good_checkpoint(
         1
     ] * 3
     assert "train/loss" not in metrics.read(tmp_path / "run")[-1]
+    skipped = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in skipped] == [4, 5, 6] and skipped[0]["rows"] == [24, 31]
+    config, data = run_folder.read_config(tmp_path / "run"), prepare.open_prepared(tmp_path / "run/data")
+    again = pipeline.batch_at(data.train, config.seed, config.training.batch, 3)
+    np.testing.assert_array_equal(np.stack([data.train[i] for i in skipped[0]["windows"]]), again)
+    noise_rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), 3)
+    assert skipped[0]["rng"] == jax.random.key_data(noise_rng).tolist() and skipped[0]["loss"] == "nan"
 
 
 @pytest.mark.slow
@@ -304,6 +365,6 @@ def test_a_learning_rate_beyond_all_measure_stops_the_run(smoke_command, tmp_pat
 
 
 def test_a_run_shorter_than_the_patience_still_tells(monkeypatch):
-    with pytest.raises(train.UserError, match="no finite loss and gradient in the last 4 steps up to step 4"):
-        train._stop_if_lost(min(10, 4), 4, 4)
-    train._stop_if_lost(10, 9, 9)
+    with pytest.raises(UserError, match="no finite loss and gradient in the last 4 steps up to step 4"):
+        loop.stop_if_lost(min(10, 4), 4, 4)
+    loop.stop_if_lost(10, 9, 9)

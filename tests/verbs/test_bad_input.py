@@ -15,7 +15,7 @@ QUICK = f"{ROOT}/experiments/quickstart.py:smoke"
 POSITIVE = "allowed: a positive integer"
 
 COMMANDS = [
-    ("", "no VERB given; allowed: prepare, train, evaluate, sample, import, export, draw, bench"),
+    ("", "no VERB given; allowed: prepare, train, evaluate, sample, import, export, plan, draw, bench"),
     ("trian", "VERB: got 'trian' (did you mean 'train'?); allowed: 'bench', 'draw', 'evaluate'"),
     ("train", "the following arguments are required: --workdir; see `hdlm train --help`"),
     ("train --workdir {work}", "one of the arguments --config --init is required; see `hdlm train --help`"),
@@ -25,16 +25,20 @@ COMMANDS = [
     ("import {tmp}/none --workdir {work}", "DIR: got '{tmp}/none'; allowed: a folder with a published checkpoint"),
     ("import {tmp} --workdir {work}", "DIR: got '{tmp}'; allowed: a folder with config.json or config.yaml and model"),
     ("export {tmp} {work}", "run folder: got '{tmp}'; allowed: a folder with a config.json"),
-    ("export {tmp} {work} --format onnx", "--format: got 'onnx'; allowed: 'published', 'safetensors'"),
+    (
+        "export {tmp} {work} --format onnx",
+        "--format: got 'onnx'; allowed: 'huggingface', 'published', 'safetensors', 'stablehlo'",
+    ),
     ("export {run} {work} --weights mean", "weights: got 'mean'; allowed: 'ema', 'raw'"),
     ("export {run} {tmp}", "OUT: got '{tmp}'; allowed: a new or empty folder"),
     ("train --config {quick}", "required: --workdir"),
     ("train --config {tmp}/nope.py --workdir {work}", "--config: got '{tmp}/nope.py'"),
     ("train --config {quick}st --workdir {work}", "--config argument: got 'smokest' (did you mean 'smoke'?)"),
     ("train --config {quick} --workdir {binary}", "--workdir: {binary} cannot be written to"),
+    ("train --config {quick} --workdir gs://bucket/run", "--workdir: got 'gs://bucket/run'; allowed: a folder of this"),
     ("draw", "required: PICTURE"),
     ("draw hypershedule", "argument PICTURE: invalid choice: 'hypershedule' (choose from 'hyperschedule',"),
-    ("bench generate", "argument WHAT: invalid choice: 'generate' (choose from 'train', 'sample')"),
+    ("bench generate", "argument WHAT: invalid choice: 'generate' (choose from 'train', 'sample',"),
 ]
 
 SLIDE = "--config.hyperschedule.kind=slide --config.hyperschedule.width=8 --config.hyperschedule.rate=1"
@@ -45,7 +49,7 @@ TRAIN = [
     ("extra", "extra: no such argument"),
     ("--config.model.hidden", "--config.model.hidden: no value given"),
     ("--config.modle.x=1", "modle.x: got 'modle' (did you mean 'model'?); allowed: 'data', 'hyperschedule'"),
-    ("--config.model.hiden=1", "model.hiden: got 'hiden' (did you mean 'hidden'?); allowed: 'blocks'"),
+    ("--config.model.hiden=1", "model.hiden: got 'hiden' (did you mean 'hidden'?); allowed: 'attention', 'blocks'"),
     ("--config.model=1", "model: is a block"),
     ("--config.model.hidden=many", "model.hidden: got 'many'; allowed: a whole number"),
     ("--config.model.hidden -16", f"model.hidden: got -16; {POSITIVE}"),
@@ -57,7 +61,9 @@ TRAIN = [
     ("--config.model.prediction=shfted", "model.prediction: got 'shfted'; allowed: 'aligned', 'shifted'"),
     ("--config.model.visibility=none", "model.visibility: got 'none'; allowed: 'full', 'prefix'"),
     ("--config.model.visibility=full", "hyperschedule.kind: got 'slide' with model.visibility 'full'; allowed: 'flat'"),
-    ("--config.model.remat=some", "model.remat: got 'some'; allowed: 'none', 'full'"),
+    ("--config.model.remat=some", "model.remat: got 'some'; allowed: 'none', 'dots', 'full'"),
+    ("--config.model.attention=flash", "model.attention: got 'flash'; allowed: 'auto', 'xla', 'splash', 'cudnn'"),
+    ("--config.model.attention=splash", "model.attention: got 'splash'; allowed here: 'xla' or 'auto' (splash runs on"),
     ("--config.model.dtype=float16", "model.dtype: got 'float16'; allowed: 'float32', 'bfloat16'"),
     ("--config.model.dtype=float64", "model.dtype: got 'float64'; allowed: 'float32', 'bfloat16'"),
     ("--config.model.conditioning=-1", "model.conditioning: got -1"),
@@ -126,6 +132,10 @@ TRAIN = [
     ("--config.training.evaluate_batches=0", f"training.evaluate_batches: got 0; {POSITIVE}"),
     ("--config.training.evaluate_every=-1", "training.evaluate_every: got -1; allowed: 0 (only at the end)"),
     ("--config.training.max_skipped=0", f"training.max_skipped: got 0; {POSITIVE}"),
+    ("--config.training.on_save_error=ignore", "training.on_save_error: got 'ignore'; allowed: 'continue', 'stop'"),
+    ("--distributed maybe", "--distributed: got 'maybe'; allowed: 'auto', 'off', 'on'"),
+    ("--coordinator localhost:1", "--num-processes, --process-id: got None; allowed: all of --coordinator,"),
+    ("--profile 3", "--profile: got '3'; allowed: FIRST:COUNT"),
     ("--config.mesh.data=3", "mesh: got 'data=3, fsdp=1, tensor=1'; allowed: sizes that multiply to the 8 devices"),
     ("--config.mesh.tensor=-1", "mesh: got 'data=-1, fsdp=1, tensor=-1'; allowed: one size of -1 at most"),
     # hidden 28 does not divide by 8 devices: seen when the parameters' shapes are known
@@ -207,10 +217,11 @@ RUN = [
     ("prepare --config {quick} --data {empty} --out {work}", "data.path: got '{empty}', but it is empty"),
     ("prepare --config {quick} --data= --out {work}", "data.path: got ''"),
     ("prepare --config {quick} --out {tmp}", "out: got '{tmp}'; allowed: a new or empty folder"),
-    ("bench train --repeats 0", f"--repeats: got 0; {POSITIVE}"),
+    ("bench train --repeats 0", "--repeats: got 0; allowed: at least 1"),
     ("bench train --config.training.batch=0", "training.batch: got 0"),
     ("bench train --vocabulary 0", "model.num_tokens: got 0"),
-    ("bench sample --batch 4 0", f"--batch: got 0; {POSITIVE}"),
+    ("bench kill --times 0", f"--times: got 0; {POSITIVE}"),
+    ("bench sample --batch 4 0", "--batch: got 0; allowed: at least 1"),
     ("bench sample --kind slid", "hyperschedule.kind: got 'slid'"),
     ("bench sample --width 300", "hyperschedule.width: got 300; allowed: a whole number from 1 to 256"),
 ]
