@@ -17,4 +17,4 @@ say "shell scripts (shellcheck)"
 shellcheck --external-sources launch/*.sh .ci/run
 
 say "tests (pytest)"
-python -m pytest "$@"
+python -m pytest --numprocesses auto --dist worksteal "$@"
