@@ -28,7 +28,7 @@ def relative(a, b):
     )
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", [pytest.param(m, marks=[pytest.mark.slow] * (m != (2, 2, 2))) for m in MESHES])
 def test_the_loss_and_its_gradient_are_those_of_one_device(shape):
     """Tiled and shifted with every term, several chunks of rows with a filled one on each device."""
     made = tiny.build(

@@ -52,6 +52,7 @@ def test_train(measured):
     assert (row["layout"], row["hyperschedule"], row["mfu"]) == ("continuous", "flat", "peak not known")
 
 
+@pytest.mark.slow
 def test_a_tiled_step_stands_beside_the_plain_one(measured):
     block = ["--config.hyperschedule.kind=block", "--config.hyperschedule.width=4", "--config.hyperschedule.rate=2"]
     tiled, plain = measured("train", "--config.data.length=16", "--config.model.visibility=prefix", *block)
