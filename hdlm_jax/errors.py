@@ -43,6 +43,15 @@ def choose(field: str, name: str, table: Mapping[str, T]) -> T:
     raise unknown(field, name, table)
 
 
+def one_of(field: str, name: str, choices: Iterable[str]) -> str:
+    """Returns `name`, one of `choices`; else raises as `choose`.
+
+    >>> one_of("weights", "ema", ("ema", "raw"))
+    'ema'
+    """
+    return choose(field, name, {choice: choice for choice in choices})
+
+
 def unknown(field: str, name: Any, choices: Iterable[str]) -> UserError:
     """The error for a `name` that is none of `choices`, with the nearest one suggested."""
     choices = sorted(choices)

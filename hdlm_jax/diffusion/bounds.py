@@ -30,7 +30,7 @@ from jax.typing import ArrayLike
 from hdlm_jax.diffusion.chains import READINGS
 from hdlm_jax.diffusion.noising import NoisingProcess
 from hdlm_jax.diffusion.phases import Phase
-from hdlm_jax.errors import choose, require
+from hdlm_jax.errors import choose, one_of, require
 
 # Processes whose integrand at continuous times is known; the others are trained and evaluated in discrete steps.
 CONTINUOUS = ("absorb", "epsilon_hybrid", "uniform", "gamma_hybrid", "gidd")
@@ -189,7 +189,7 @@ def terms(process: NoisingProcess, reading: str, continuous: bool) -> Callable[.
     Raises:
       UserError: a reading that the process does not know; one ordinary token only.
     """
-    choose("noising.reading", reading, dict.fromkeys(process.readings))
+    one_of("noising.reading", reading, process.readings)
     require(process.num_tokens > 1, "noising.num_tokens", process.num_tokens, "at least 2")
 
     def of(logits_RxV: Array, x0_R: Array, zt_R: Array, phase: Phase) -> dict[str, Array]:

@@ -54,6 +54,11 @@ def whole(field: str, value: Any, low: int, high: int = INT32_MAX, high_is: str 
     return operator.index(value)
 
 
+def seed(field: str, value: Any) -> int:
+    """`value` as the seed of random numbers, 0..2^32 - 1."""
+    return whole(field, value, 0, 2**32 - 1)
+
+
 def number(field: str, value: Any, allowed: str, holds: Callable[[float], bool]) -> float:
     """`value` as a finite float for which `holds`; `allowed` says in words what that is."""
     is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from hdlm_jax.diffusion import bounds, score_losses, scores
 from hdlm_jax.diffusion.noising import PROCESSES, NoisingProcess
 from hdlm_jax.diffusion.phases import Phase
-from hdlm_jax.errors import UserError, choose, require
+from hdlm_jax.errors import UserError, choose, one_of, require
 
 
 class Loss(NamedTuple):
@@ -227,7 +227,7 @@ def build(
     if kind == "acs_nelbo":
         return acs_bound(process, eta, "cavity")
     if kind == "nelbo":
-        choose("loss.reading", reading, dict.fromkeys(process.readings))
+        one_of("loss.reading", reading, process.readings)
         return bound(process, reading, continuous)._replace(name="nelbo")
     if kind == "score_entropy":
         return Loss(kind, "score", continuous, score_losses.score_entropy(process, continuous, completes=completes))

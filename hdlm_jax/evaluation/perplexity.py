@@ -113,9 +113,8 @@ def every_step(parts: Parts) -> Enumerated:
     words = f"every step enumerated by {count} pass{'' if count == 1 else 'es'}"
     if _is_silent(parts):
         return Enumerated(f"{words}, no noise to draw", True)
-    texts = _noised_texts(parts)
-    if texts <= MAX_TEXTS:
-        return Enumerated(f"{words} over all {texts:,} noised texts", True)
+    if _takes_all_noise(parts):
+        return Enumerated(f"{words} over all {_noised_texts(parts):,} noised texts", True)
     return Enumerated(f"{words}, noise drawn", False)
 
 
@@ -168,7 +167,6 @@ def _one_pass(parts: Parts, per_position, params: dict, tokens_BxL: Array, rng: 
 def _every_step(parts: Parts, per_position, params: dict, tokens_BxL: Array, rng: Array) -> dict[str, Array]:
     """Terms [B, L] over every pass; the noise of each is drawn once, or is every noised text with its probability."""
     shape, count = tokens_BxL.shape, passes.num_passes(parts)
-    few = not _is_silent(parts) and _noised_texts(parts) <= MAX_TEXTS
     run = functools.partial(passes.terms, parts, params, tokens_BxL, per_position=per_position)
 
     def drawn(number):
@@ -185,7 +183,7 @@ def _every_step(parts: Parts, per_position, params: dict, tokens_BxL: Array, rng
         terms = run(Noised(zt_BxL, phase))
         return {name: jnp.where(chance_Bx1 > 0, chance_Bx1 * x, 0.0) for name, x in terms.items()}
 
-    one, passes_in_all = (whole, count * _noised_texts(parts)) if few else (drawn, count)
+    one, passes_in_all = (whole, count * _noised_texts(parts)) if _takes_all_noise(parts) else (drawn, count)
     shapes = jax.eval_shape(one, jnp.int32(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     add = lambda total, place: (jax.tree.map(jnp.add, total, one(place)), None)
@@ -200,6 +198,10 @@ def _is_silent(parts: Parts) -> bool:
         return False
     with jax.ensure_compile_time_eval():
         return float(parts.process.marginal(0, 0.0)[mask]) == 1
+
+
+def _takes_all_noise(parts: Parts) -> bool:
+    return not _is_silent(parts) and _noised_texts(parts) <= MAX_TEXTS
 
 
 def _noised_texts(parts: Parts) -> int:

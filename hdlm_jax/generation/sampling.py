@@ -14,7 +14,7 @@ from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.diffusion import scores, visibility
 from hdlm_jax.diffusion.categorical import filter_logits
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
-from hdlm_jax.errors import UserError, choose, require
+from hdlm_jax.errors import UserError, one_of, require
 from hdlm_jax.generation import loop
 from hdlm_jax.models.parts import Parts, build_reverse
 
@@ -122,7 +122,7 @@ def _chain(parts: Parts, hs: Hyperschedule, sampler: tuple) -> loop.Chain:
             allowed = f"{off}: this network learned scores, which are rates and no probabilities of tokens"
             require(s[name] == off, f"sampler.{name}", s[name], allowed)
     reverse = build_reverse(s, parts.process, parts.loss.reading)
-    choose("sampler.cache_dtype", s.cache_dtype, dict.fromkeys(("", "float32", "bfloat16")))
+    one_of("sampler.cache_dtype", s.cache_dtype, ("", "float32", "bfloat16"))
     shape = functools.partial(filter_logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
     return loop.Chain(parts.model, hs, parts.schedule, parts.process, reverse, shape, s.cache_dtype)
 

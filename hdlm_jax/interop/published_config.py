@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from hdlm_jax import config as configs
-from hdlm_jax.errors import UserError, choose, require
+from hdlm_jax.errors import UserError, choose, one_of, require
 
 NAMES = ("config.json", "config.yaml")
 LEVELS_LEFT = 5e-3  # survival at u = 1 of their log-linear noise for gamma models
@@ -75,7 +75,7 @@ class Published(NamedTuple):
     def one_of(self, path: str, choices: Mapping[str, Any] | tuple, default: Any = _MISSING) -> str:
         """The word at a path, which must be one of some."""
         value = str(self.get(path, default))
-        choose(f"{self.name}: {path}", value, dict.fromkeys(choices))
+        one_of(f"{self.name}: {path}", value, choices)
         return value
 
     @property

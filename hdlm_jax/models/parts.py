@@ -19,7 +19,7 @@ from hdlm_jax.diffusion.noise_schedules import NoiseSchedule
 from hdlm_jax.diffusion.noising import NoisingProcess
 from hdlm_jax.diffusion.reverse import ReverseStep
 from hdlm_jax.diffusion.visibility import check_context
-from hdlm_jax.errors import UserError, choose, require
+from hdlm_jax.errors import UserError, one_of, require
 from hdlm_jax.models.transformer import TransformerConfig
 
 # How passes draw their noise, each without bias: times independent of each other; stratified over the batch (and
@@ -117,7 +117,7 @@ def build(config: ConfigDict, num_tokens: int, bos_id: int | None) -> Parts:
         context_weight=context,
         reconstruction_share=share if loss.is_bound and completes else 0.0,
         rows_per_chunk=config.loss.rows_per_chunk,
-        variance=choose("loss.variance", config.loss.variance, dict(zip(VARIANCES, VARIANCES, strict=True))),
+        variance=one_of("loss.variance", config.loss.variance, VARIANCES),
     )
     _check_variance(made)
     return made

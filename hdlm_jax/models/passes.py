@@ -148,8 +148,7 @@ def terms(parts: Parts, params: dict, x0_BxL: Array, noised: Noised, per_positio
         hidden_BxLxD, columns = texts
         take = lambda piece: per_position(_scores(parts, head, piece[0]), *piece[1])
         out = jax.lax.map(take, _pieces(parts, hidden_BxLxD, columns))
-        shape = hidden_BxLxD.shape[:2]
-        return (), {name: x.reshape(-1)[: math.prod(shape)].reshape(shape) for name, x in out.items()}
+        return (), {name: _whole(x, hidden_BxLxD.shape[:2]) for name, x in out.items()}
 
     return over_texts(of_device, _small(_head(params), hidden), (hidden[:, first:end], (x0_BxL, *noised)))[1]
 
@@ -205,9 +204,7 @@ def _head_loss_forward(parts, per_position, head, hidden_BxLxD, columns):
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), head)
         head_gradient, (sums, to_hidden) = jax.lax.scan(add, zeros, _pieces(parts, *texts))
-        shape = texts[0].shape
-        to_hidden = to_hidden.reshape(-1, shape[-1])[: math.prod(shape[:2])].reshape(shape)
-        return (head_gradient, jax.tree.map(jnp.sum, sums)), to_hidden
+        return (head_gradient, jax.tree.map(jnp.sum, sums)), _whole(to_hidden, texts[0].shape[:2])
 
     outs, to_hidden = over_texts(of_device, _small(head, hidden_BxLxD), (hidden_BxLxD, columns))
     return outs[1], (outs[0], to_hidden)
@@ -247,6 +244,12 @@ def _small(head: dict, hidden: Array) -> dict:
 
 def _scores(parts: Parts, head: dict, hidden_RxD: Array) -> Array:
     return logits(parts.model, head, hidden_RxD[None], padded=True)[0]
+
+
+def _whole(x_CxR: Array, shape: tuple[int, int]) -> Array:
+    """`_pieces` of one array put together again: [C, R, ...] -> [B, L, ...], without what filled the last chunk."""
+    rows = x_CxR.reshape(-1, *x_CxR.shape[2:])
+    return rows[: math.prod(shape)].reshape(*shape, *rows.shape[1:])
 
 
 def _pieces(parts: Parts, hidden_BxLxD: Array, columns):

@@ -1,7 +1,6 @@
 """The programs that a plan compiles: the training step and the sampler, as they run, for devices that are not here."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import tempfile
@@ -81,15 +80,14 @@ def training(config: ConfigDict, mesh: Mesh, num_tokens: int) -> Program:
     update = Update(parts, tx, config.optimizer, c.accumulation)
     tokens = jax.ShapeDtypeStruct((c.batch, config.data.length), jnp.int32, sharding=sharding.batch_sharding(mesh))
     arguments = (held, tokens, _key(mesh))
-    counted = lambda remat: flops.count(functools.partial(train_step, _plainly(update, remat)), *arguments)
     return Program(
         function=functools.partial(train_step, update),
         arguments=arguments,
         outputs=(jax.tree.map(lambda x: x.sharding, held), sharding.replicated(mesh)),
         donated=(0,),
         held={"params": held.params, "optimizer": held.optimizer, "running mean": held.ema, "batch": tokens},
-        work=counted("none"),
-        executed=counted(parts.model.remat),
+        work=flops.of_step(update, *arguments),
+        executed=flops.of_step(update, *arguments, remat=parts.model.remat),
         tokens=c.batch * config.data.length,
         parts=parts,
     )
@@ -141,12 +139,6 @@ def compiled(program: Program, mesh: Mesh) -> Compiled:
 def per_device(tree: Any) -> int:
     """Bytes of a tree of placed arrays on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _plainly(update: Update, remat: str) -> Update:
-    """The same step with the reference attention: kernels hide their products from a count."""
-    model = dataclasses.replace(update.parts.model, attention="xla", remat=remat)
-    return update._replace(parts=update.parts._replace(model=model))
 
 
 def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:

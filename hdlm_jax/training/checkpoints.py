@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from hdlm_jax.errors import UserError, choose, require
 from hdlm_jax.training import manifest
+from hdlm_jax.training.distributed import everywhere, is_writer, meet
 from hdlm_jax.training.sharding import named_leaves
 
 
@@ -169,12 +169,12 @@ class Checkpoints:
         return CheckpointError(f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}")
 
     def _say(self, message: str) -> None:
-        if jax.process_index() == 0:
+        if is_writer():
             self._report(message)
 
     def _sweep(self) -> None:
         """Removes what a failed or killed save has left half-written; nothing is being written by now."""
-        if jax.process_index() == 0:
+        if is_writer():
             for leftover in self.folder.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -193,10 +193,10 @@ class Checkpoints:
         """Renames a step's folder to a name that is free, once for all processes."""
         names = (f"bad-{step}" + (f"-{i}" if i > 1 else "") for i in range(1, 10_000))
         name = next(name for name in names if not (self.folder / name).exists())
-        _meet(f"{name} chosen")
-        if jax.process_index() == 0:
+        meet(f"checkpoint {name} chosen")
+        if is_writer():
             (self.folder / str(step)).rename(self.folder / name)
-        _meet(f"{name} renamed")
+        meet(f"checkpoint {name} renamed")
         self._scores.pop(step, None)
         self._manager.reload()
         return name
@@ -256,30 +256,17 @@ def _newest(steps: list[int], read: Callable[[int], Any]) -> tuple[Any, int | No
             raise
         except Exception as error:  # damage comes out of Orbax as anything, down to a bare Exception
             reason = _reason(error)
-        if _everywhere(not reason):
+        if everywhere(not reason):
             return found, step, damaged
         damaged[step] = reason or "another process could not read it"
     return None, None, damaged
 
 
-def _everywhere(here: bool) -> bool:
-    """Whether it holds in every process."""
-    if jax.process_count() == 1:
-        return here
-    return bool(np.all(multihost_utils.process_allgather(np.array(here))))
-
-
 def _agreed(failure: CheckpointError | None) -> CheckpointError | None:
     """What failed, in every process if it failed in one."""
-    if _everywhere(failure is None):
+    if everywhere(failure is None):
         return None
     return failure or CheckpointError("a checkpoint could not be written by another process (see its log)")
-
-
-def _meet(place: str) -> None:
-    """Waits for the other processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"hdlm_jax checkpoints: {place}")
 
 
 def _none_intact(folder: Path, damaged: Mapping[int, str]) -> CheckpointError:
@@ -316,6 +303,6 @@ def _check_room(folder: Path, step: int, needed: int) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise CheckpointError(f"checkpoint {step} could not be written to {folder}: {_reason(error)}") from error
-    if not _everywhere(needed < free):
+    if not everywhere(needed < free):
         room = f"it needs up to {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
         raise CheckpointError(f"checkpoint {step} could not be written to {folder}: {room}")

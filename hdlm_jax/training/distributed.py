@@ -179,6 +179,13 @@ def writer_first(action: Callable[[], T]) -> T:
     return found
 
 
+def everywhere(here: bool) -> bool:
+    """Whether it holds in every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return here
+    return bool(np.all(multihost_utils.process_allgather(np.array(here))))
+
+
 def meet(place: str) -> None:
     """Waits for the other processes, half an hour at most; a collective itself waits for 30 s only on CPUs (Gloo)."""
     if jax.process_count() > 1:

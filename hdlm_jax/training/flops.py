@@ -1,9 +1,14 @@
 """Floating-point operations of a program, counted from its jaxpr, and peak rates of known devices."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
+
+from hdlm_jax.training.step import Update, train_step
 
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -26,6 +31,16 @@ def count(function: Callable, *args) -> float:
     48.0
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def of_step(update: Update, state: Any, batch: Any, rng: Any, remat: str = "none") -> float:
+    """FLOPs of one training step, by default without what a backward pass only computes anew.
+
+    Counted with the reference attention, for kernels hide their products. Takes what `train_step` takes, or shapes.
+    """
+    model = dataclasses.replace(update.parts.model, attention="xla", remat=remat)
+    step = functools.partial(train_step, update._replace(parts=update.parts._replace(model=model)))
+    return count(step, state, batch, rng)
 
 
 def peak(devices: list[jax.Device]) -> float | None:

@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hdlm_jax.errors import UserError, require
 from hdlm_jax.models.devices import ROWS
+from hdlm_jax.training.distributed import everywhere
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -167,10 +168,7 @@ def on_one_device(mesh: Mesh, weights: Any) -> Any:
     size = sum(x.nbytes for x in jax.tree.leaves(weights))
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
     free = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if "bytes_limit" in s]  # a CPU does not tell
-    fits = all(2 * size < room for room in free)
-    if mesh.is_multi_process:
-        fits = bool(np.all(multihost_utils.process_allgather(np.array(fits))))
-    if not fits:
+    if not everywhere(all(2 * size < room for room in free)):
         return weights
     whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(weights)
     return jax.tree.map(lambda x: x.addressable_data(0), whole)

@@ -12,13 +12,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
 from hdlm_jax.training import manifest
+from hdlm_jax.training.distributed import is_writer
 
 FILE = "manifest.json"
 
@@ -99,7 +99,7 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
 
     def save(self, directory, args):
-        if jax.process_index() == 0:
+        if is_writer():
             (directory / FILE).write_text(json.dumps(args.finish()))
 
     def restore(self, directory, args=None):

@@ -1,24 +1,23 @@
 """Training: an experiment's parts made ready in a run folder, and the loop over its steps."""
 
 import contextlib
-import dataclasses
 import functools
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax import Array
 from ml_collections import ConfigDict
 
 from hdlm_jax.data import tokenizers
 from hdlm_jax.data.prepare import DataConfig, Prepared, open_or_prepare
-from hdlm_jax.errors import choose, require
+from hdlm_jax.diffusion import fields
+from hdlm_jax.errors import one_of, require
 from hdlm_jax.generation import sampling
 from hdlm_jax.generation.loop import Chain
 from hdlm_jax.models import parts as builders
 from hdlm_jax.models import passes, transformer
 from hdlm_jax.models.parts import Parts
-from hdlm_jax.training import flops, optimizer, run_folder, sharding, state, weights_file
+from hdlm_jax.training import flops, optimizer, profiler, run_folder, sharding, state, weights_file
 from hdlm_jax.training.checkpoints import Checkpoints
 from hdlm_jax.training.distributed import is_writer, meet, together, writer_first
 from hdlm_jax.training.goodput import Account
@@ -48,9 +47,9 @@ def train(config: ConfigDict, workdir: str | Path, profile: tuple[int, int] = (0
     local = "://" not in str(workdir)
     require(local, "--workdir", str(workdir), "a folder of this machine, or one that is mounted (gcsfuse, NFS)")
     account, workdir = Account(), Path(workdir)
-    require(profile[0] >= 0 and profile[1] >= 0, "--profile", profile, "a first step and a number of steps")
     with contextlib.ExitStack() as held:
         with together(), account.spend("start"):
+            profiler.check(profile)
             check(config)
             if is_writer():
                 held.enter_context(run_folder.locked(workdir))
@@ -127,8 +126,8 @@ def check(config: ConfigDict) -> None:
     require(c.max_skipped >= 1, "training.max_skipped", c.max_skipped, "a positive integer")
     for name in ("evaluate_every", "sample_every"):
         require(c[name] >= 0, f"training.{name}", c[name], "0 (only at the end) or a number of steps")
-    choose("training.on_save_error", c.on_save_error, {"stop": 0, "continue": 1})
-    require(0 <= config.seed < 2**32, "seed", config.seed, f"a whole number from 0 to {2**32 - 1}")
+    one_of("training.on_save_error", c.on_save_error, ("stop", "continue"))
+    fields.seed("seed", config.seed)
     require(config.sampler.steps >= 1, "sampler.steps", config.sampler.steps, "a positive integer")
     DataConfig.of(config.data.to_dict())
     if c.initial:
@@ -170,16 +169,9 @@ def _run(config, workdir, data, parts, mesh, update, current) -> Run:
         draw=bound_on(mesh, parts),
         rng=rng,
         flops_per_second=flops.peak(list(mesh.devices.flat)),
-        flops_per_step=_model_flops(update, jax.eval_shape(lambda s: s, current), shape, rng),
+        flops_per_step=flops.of_step(update, jax.eval_shape(lambda s: s, current), shape, rng),
         profile=(0, 0),
     )
-
-
-def _model_flops(update: Update, current: TrainState, batch: jax.ShapeDtypeStruct, rng: Array) -> float:
-    """Of one step, without what is only computed anew in the backward pass."""
-    model = dataclasses.replace(update.parts.model, remat="none")
-    step = functools.partial(train_step, update._replace(parts=update.parts._replace(model=model)))
-    return flops.count(step, current, batch, rng)
 
 
 def _announce(config: ConfigDict, workdir: Path, data: Prepared, parts: Parts, current: TrainState) -> None:

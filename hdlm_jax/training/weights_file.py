@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hdlm_jax.errors import UserError, choose, require
+from hdlm_jax.errors import UserError, one_of, require
 from hdlm_jax.training import checkpoints, manifest
 from hdlm_jax.training.sharding import named_leaves
 
@@ -102,7 +102,7 @@ def read(path: Path, abstract: Any, vocabulary: int, which: str) -> Weights:
     Raises:
       UserError: a file of another form or model, damaged, or raw weights are asked for and it holds the running mean.
     """
-    choose("weights", which, {"ema": 0, "raw": 0})
+    one_of("weights", which, ("ema", "raw"))
     wanted = unpadded(jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract), vocabulary)
     with opened(path) as file:
         about = file.metadata() or {}

@@ -62,11 +62,6 @@ def _at_least(flag: str, given: int, least: int) -> None:
     configs.require(given >= least, flag, given, f"at least {least}")
 
 
-def _seed(args) -> int:
-    configs.require(0 <= args.seed < 2**32, "--seed", args.seed, f"a whole number from 0 to {2**32 - 1}")
-    return args.seed
-
-
 def _train_arguments(kind):
     kind.add_argument("--config", metavar="FILE[:ARG]", help="an experiment (default: the standard sizes)")
     kind.add_argument("--vocabulary", type=int, default=8192, help="ordinary tokens (default: 8192)")
@@ -122,10 +117,11 @@ def _variance_arguments(kind):
 def _variance(args) -> tuple[list[dict], str]:
     from hdlm_jax import lm
     from hdlm_jax.benchmarks import variance
+    from hdlm_jax.diffusion import fields
 
     _at_least("--batch", args.batch, 1)
     _at_least("--draws", args.draws, 2)
-    seed, model = _seed(args), lm.load(args.folder)
+    seed, model = fields.seed("--seed", args.seed), lm.load(args.folder)
     tokens_BxL, _ = model.held_out_windows(Path(args.folder), args.batch)
     rows = variance.measure(model.parts, model.params, tokens_BxL, args.draws, seed)
     return rows, f"{args.draws} draws of the noise of {len(tokens_BxL)} held-out windows, step {model.step}"
@@ -144,6 +140,7 @@ def _samplers_arguments(kind):
 def _samplers(args) -> tuple[list[dict], str]:
     from hdlm_jax import lm
     from hdlm_jax.benchmarks import samplers
+    from hdlm_jax.diffusion import fields
 
     _at_least("--num", args.num, 2)
     chosen = []
@@ -151,7 +148,7 @@ def _samplers(args) -> tuple[list[dict], str]:
         dials = [{"eta": eta} for eta in args.eta] if name in ("acs", "acs_published") else [{}]
         chosen += [(name, of) for of in dials]
     model, judge = lm.load(args.folder), lm.load(args.judge)
-    rows = samplers.measure(model, judge, chosen, args.rate, args.num, _seed(args))
+    rows = samplers.measure(model, judge, chosen, args.rate, args.num, fields.seed("--seed", args.seed))
     return rows, f"{args.num} texts of {model.parts.model.length} tokens, {model.parts.process.name}, step {model.step}"
 
 

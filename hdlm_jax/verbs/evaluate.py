@@ -40,8 +40,9 @@ def run(args) -> int:
     from pathlib import Path
 
     from hdlm_jax import lm
+    from hdlm_jax.diffusion import fields
 
-    require(0 <= args.seed < 2**32, "--seed", args.seed, f"a whole number from 0 to {2**32 - 1}")
+    fields.seed("--seed", args.seed)
     require(args.batch >= 1, "--batch", args.batch, "a positive integer")
     model = lm.load(args.folder, args.weights)
     chain = {"eta": args.eta, "exact": args.exact}

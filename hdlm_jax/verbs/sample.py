@@ -41,9 +41,10 @@ def add_arguments(parser):
 def run(args) -> int:
     """Generates, prints and saves."""
     from hdlm_jax import lm
+    from hdlm_jax.diffusion import fields
     from hdlm_jax.training.run_folder import write_whole
 
-    require(0 <= args.seed < 2**32, "--seed", args.seed, f"a whole number from 0 to {2**32 - 1}")
+    fields.seed("--seed", args.seed)
     require(args.num >= 1, "--num", args.num, "a positive integer")
     names = ("eta", "temperature", "top_p", "top_k", "cache_dtype", "steps", "width", "rate", "block")
     dials = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
