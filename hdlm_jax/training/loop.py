@@ -22,7 +22,7 @@ from hdlm_jax.evaluation.perplexity import Bound
 from hdlm_jax.generation import sampling
 from hdlm_jax.generation.loop import Chain
 from hdlm_jax.models.parts import Parts
-from hdlm_jax.training import hosts, metrics, optimizer, replay, run_folder, sharding, signals, state
+from hdlm_jax.training import hosts, metrics, optimizer, profiler, replay, run_folder, sharding, signals, state
 from hdlm_jax.training.checkpoints import Checkpoints
 from hdlm_jax.training.distributed import is_writer
 from hdlm_jax.training.goodput import Account
@@ -83,7 +83,7 @@ def run_steps(run: Run, current: TrainState, saved: Checkpoints, account: Accoun
         contextlib.closing(batches),
         contextlib.closing(log),
         Progress(c.steps, first, shown=is_writer()) as progress,
-        _profiler(run) as profile,
+        profiler.traced(run.workdir / profiler.FOLDER, run.profile) as profile,
     ):
         for done in range(first + 1, c.steps + 1):
             profile(done)
@@ -250,29 +250,3 @@ def _sample(run: Run, current: TrainState, done: int) -> dict[str, Any]:
 def _keep(run: Run, done: int, record: Mapping[str, Any]) -> None:
     path = run.workdir / "samples" / f"step{done}.json"
     run_folder.write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def _profiler(run: Run):
-    """Yields what is to be called with the number of each step before it: traces those of `run.profile`."""
-    first, count = run.profile
-    tracing = False
-
-    def at(step: int) -> None:
-        nonlocal tracing
-        if count and step == first:
-            jax.profiler.start_trace(run.workdir / "profile")
-            tracing = True
-        elif tracing and step == first + count:
-            stop()
-
-    def stop() -> None:
-        nonlocal tracing
-        if tracing:
-            jax.profiler.stop_trace()
-            tracing = False
-
-    try:
-        yield at
-    finally:
-        stop()

@@ -142,13 +142,6 @@ def test_every_process_leaves_a_heartbeat(smoke_run):
     assert all(line["seconds_per_step"] > 0 and line["host_memory"] > 2**20 for line in lines)
 
 
-def test_a_profile_on_request(copied, smoke_command, capfd):
-    shutil.rmtree(copied / "checkpoints")
-    assert main(smoke_command(copied, "--profile", "2:1")) == 0
-    assert list((copied / "profile").rglob("*.xplane.pb"))
-    refused(capfd, smoke_command(copied, "--profile", "2"), "--profile: got '2'; allowed: FIRST:COUNT")
-
-
 @pytest.mark.parametrize("choice", ["stop", "continue"])
 def test_a_checkpoint_that_cannot_be_written(choice, smoke_command, tmp_path, monkeypatch, capfd):
     """The disk is full for the saves before the last: the run stops, or says so and goes on."""
