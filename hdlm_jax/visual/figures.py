@@ -18,13 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
-from hdlm_jax.errors import UserError, require
+from hdlm_jax.errors import UserError, choose, require
 
 # Blue settled, red worthless, pale between: seven anchors of ColorBrewer's RdYlBu, safe for the colour-blind.
-_LEVELS = ["#2f5f9e", "#74add1", "#d6ecf3", "#fffbc4", "#fdc170", "#f0703f", "#b8202f"]
-_COLORS = ["#2f5f9e", "#d9632c", "#4d9078", "#8a5a9e", "#b8902f"]
-_DARK = "#3d3d3d"
+LEVEL_COLORS = ["#2f5f9e", "#74add1", "#d6ecf3", "#fffbc4", "#fdc170", "#f0703f", "#b8202f"]
+COLORS = ["#2f5f9e", "#d9632c", "#4d9078", "#8a5a9e", "#b8902f"]
+DARK = "#3d3d3d"
 _MAX_STEPS = 2048  # steps drawn; a longer schedule is sampled evenly, still finer than the pixels
+_MAX_BARS = 48  # steps, and positions, drawn as bars
 _MAX_BANDS = 12  # up to this many levels get a colour and a tick each
 _SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -32,17 +33,31 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Name -> (steps, values). The part of a name after its last "/" is the quantity: each has its own panel."""
 
 
-def hyperschedule(hs: Hyperschedule, title: str = "") -> Figure:
-    """Draws the levels of a hyperschedule, step by position, and beside them the window of every model call.
+def hyperschedule(hs: Hyperschedule, title: str = "", style: str = "heat") -> Figure:
+    """Draws the levels of a hyperschedule, step by position.
 
     Args:
         hs: a hyperschedule of any length and number of steps.
         title: of the figure; by default what the hyperschedule says of itself.
+        style: 'heat', a heat map beside the window of every model call; 'bars', one bar in space for each level.
 
     Returns:
-        A figure of two panels over one axis of generation steps, 0 (pure noise) on top. Left the levels, from
-        0 (settled, blue) to tau_max (worthless, red); right each call's window, from start to stop.
+        heat: two panels over one axis of generation steps, 0 (pure noise) on top. Left the levels, from 0
+        (settled, blue) to tau_max (worthless, red); right each call's window, from start to stop.
+        bars: the levels as heights, for at most 48 steps and 48 positions, evenly spread.
+
+    Raises:
+        UserError: an unknown style.
+
+    References:
+        Fathi, Scholak, Noël, arXiv 2504.06416, draw theirs as bars.
     """
+    figure = choose("style", style, {"heat": _heat, "bars": _bars})(hs)
+    figure.suptitle(title or hs.describe())
+    return figure
+
+
+def _heat(hs: Hyperschedule) -> Figure:
     steps_S = _spread(hs.num_steps + 1)
     calls_C = _spread(hs.num_steps)
     levels_SxL = np.asarray(jax.jit(jax.vmap(hs.levels_at))(steps_S))
@@ -51,7 +66,24 @@ def hyperschedule(hs: Hyperschedule, title: str = "") -> Figure:
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 3))
     heat_map(left, levels_SxL, hs.tau_max, hs.num_steps)
     _window_band(right, calls_C, start_C, stop_C, hs.length)
-    figure.suptitle(title or hs.describe())
+    return figure
+
+
+def _bars(hs: Hyperschedule) -> Figure:
+    steps_S, position_P = _spread(hs.num_steps + 1, _MAX_BARS), _spread(hs.length, _MAX_BARS)
+    levels_SxP = hs.level_of(position_P[None, :], steps_S[:, None])
+    width, depth = (x[1] - x[0] if len(x) > 1 else 1 for x in (position_P, steps_S))
+    x_SxP, y_SxP = np.meshgrid(position_P - width / 2, steps_S - depth / 2)
+    figure = Figure(figsize=(9.0, 7.0))
+    panel = figure.add_axes((0.0, 0.02, 0.94, 0.92), projection="3d")
+    colors = level_colors()(levels_SxP.ravel() / hs.tau_max)
+    floor = np.zeros(levels_SxP.size)
+    sides = (0.9 * width, 0.9 * depth, levels_SxP.ravel())
+    panel.bar3d(x_SxP.ravel(), y_SxP.ravel(), floor, *sides, color=colors, shade=True)
+    panel.set(xlabel="position", ylabel="generation step", zlabel="level")
+    for axis in (panel.xaxis, panel.yaxis, panel.zaxis):
+        axis.set_major_locator(whole_numbers())
+    panel.view_init(elev=32, azim=-55)
     return figure
 
 
@@ -82,14 +114,14 @@ def loss_curve(
     quantities = list(dict.fromkeys(name.rpartition("/")[2] for name in series))
     figure = Figure(figsize=(9.0, 1.4 + 3.2 * len(quantities)), layout="constrained")
     panels = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
-    colors = dict(zip(series, _COLORS * len(series), strict=False))
+    colors = dict(zip(series, COLORS * len(series), strict=False))
     for panel, quantity in zip(panels, quantities, strict=True):
         chosen = {name: points for name, points in series.items() if name.rpartition("/")[2] == quantity}
         lines = baselines or {} if quantity == quantities[-1] else {}
         _curves(panel, chosen, colors, lines)
         panel.set_ylabel(quantity.replace("_", " "))
     panels[-1].set_xlabel("step")
-    panels[-1].xaxis.set_major_locator(_whole_numbers())
+    panels[-1].xaxis.set_major_locator(whole_numbers())
     figure.suptitle(title)
     return figure
 
@@ -133,21 +165,26 @@ def save(figure: Figure, path: str | os.PathLike) -> Path:
     return path
 
 
-def _spread(count: int) -> np.ndarray:
-    """The integers below `count`, or `_MAX_STEPS` of them evenly spread with both ends."""
-    return np.unique(np.linspace(0, count - 1, min(count, _MAX_STEPS)).round().astype(np.int32))
+def level_colors() -> LinearSegmentedColormap:
+    """Colours of the noise fraction: 0 settled, 1 worthless."""
+    return LinearSegmentedColormap.from_list("levels", LEVEL_COLORS)
+
+
+def _spread(count: int, most: int = _MAX_STEPS) -> np.ndarray:
+    """The integers below `count`, or `most` of them evenly spread with both ends."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int32))
 
 
 def heat_map(panel: Axes, levels_SxL: np.ndarray, tau_max: int, num_steps: int) -> None:
     """Levels as colours, one row per generation step downwards, with a colour bar below."""
-    colors = LinearSegmentedColormap.from_list("levels", _LEVELS)
+    colors = level_colors()
     banded = tau_max <= _MAX_BANDS
     norm = BoundaryNorm(np.arange(tau_max + 2) - 0.5, colors.N) if banded else Normalize(0, tau_max)
     extent = (-0.5, levels_SxL.shape[1] - 0.5, num_steps + 0.5, -0.5)
     image = panel.imshow(levels_SxL, cmap=colors, norm=norm, extent=extent, aspect="auto")
     panel.set(title="level of each position", xlabel="position", ylabel="generation step")
-    panel.xaxis.set_major_locator(_whole_numbers())
-    panel.yaxis.set_major_locator(_whole_numbers())
+    panel.xaxis.set_major_locator(whole_numbers())
+    panel.yaxis.set_major_locator(whole_numbers())
     ticks = range(tau_max + 1) if banded else _ends_and_between(tau_max)
     bar = panel.figure.colorbar(image, ax=panel, location="bottom", shrink=0.7, pad=0.03, ticks=ticks)
     words = {0: "settled", tau_max: "worthless"}
@@ -156,7 +193,7 @@ def heat_map(panel: Axes, levels_SxL: np.ndarray, tau_max: int, num_steps: int) 
     bar.outline.set_visible(False)
 
 
-def _whole_numbers() -> MaxNLocator:
+def whole_numbers() -> MaxNLocator:
     """Ticks at whole numbers, even where there is room for one only."""
     return MaxNLocator(integer=True, min_n_ticks=1)
 
@@ -176,11 +213,11 @@ def _window_band(panel: Axes, calls_C: np.ndarray, start_C: np.ndarray, stop_C: 
     step_edges = np.stack([calls_C, calls_C + 1], axis=1).ravel()
     start, stop = (np.repeat(bound, 2) - 0.5 for bound in (start_C, stop_C))
     style = {"linewidth": 1.3, "clip_on": False, "zorder": 3}  # seen on the frame too
-    panel.fill_betweenx(step_edges, start, stop, color=_COLORS[0], alpha=0.25, linewidth=0)
-    panel.plot(start, step_edges, color=_COLORS[0], label="start", **style)
-    panel.plot(stop, step_edges, color=_COLORS[1], label="stop", **style)
+    panel.fill_betweenx(step_edges, start, stop, color=COLORS[0], alpha=0.25, linewidth=0)
+    panel.plot(start, step_edges, color=COLORS[0], label="start", **style)
+    panel.plot(stop, step_edges, color=COLORS[1], label="stop", **style)
     panel.set(title="window of each call", xlabel="position", xlim=(-0.5, length - 0.5))
-    panel.xaxis.set_major_locator(_whole_numbers())
+    panel.xaxis.set_major_locator(whole_numbers())
     panel.legend(loc="upper right", frameon=False)
 
 
@@ -198,7 +235,7 @@ def _curves(panel: Axes, series: Series, colors: Mapping[str, str], baselines: M
         panel.plot(steps, values, label=f"{name} (last {values[-1]:.3f})", **style)
         seen.extend(values)
     for name, value in baselines.items():
-        panel.axhline(value, color=_DARK, linestyle="--", linewidth=1.0, label=f"{name} ({value:.3f})")
+        panel.axhline(value, color=DARK, linestyle="--", linewidth=1.0, label=f"{name} ({value:.3f})")
     low, high = min(seen), max(seen)
     margin = 0.08 * (high - low) or 0.5
     panel.set_ylim(low - margin, high + margin)
