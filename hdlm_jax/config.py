@@ -106,12 +106,25 @@ def default() -> ConfigDict:
     )
     c.sampler = ConfigDict(
         {
-            "kind": "acs",  # 'ancestral' | 'analytic' | 'euler' | 'acs' | 'acs_published'
-            "eta": 0.25,  # acs: strength of the correction, in [0, 1]
+            # 'ancestral' | 'analytic' | 'euler' | 'acs' | 'acs_published' | 'remdm_cap' | 'remdm_rescale' |
+            # 'remdm_conf' | 'remdm_switch' | 'remdm_loop' | 'confidence' | 'margin' | 'entropy' | 'mask_predict' |
+            # 'threshold' | 'factor' | 'first_hitting'; a dial that is not set has its sampler's default
+            "kind": "acs",
+            "eta": 0.25,  # in [0, 1]: acs, strength of the correction; remdm, most of a token's chance to be masked
+            "t_switch": optional(float),  # remdm_switch: noise fraction from which on tokens are masked again (0.55)
+            "t_on": optional(float),  # remdm_loop: noise fraction at which alpha comes to rest (0.55)
+            "t_off": optional(float),  # remdm_loop: noise fraction at which it goes on (0.05)
+            "alpha_on": optional(float),  # remdm_loop: alpha at rest (0.9)
+            "rounding": optional(str),  # confidence ('up'), margin, entropy ('down'): of tokens per call: 'up' | 'down'
+            "order_temperature": optional(float),  # confidence, margin, entropy: of the order; 0 takes the best (0)
+            "threshold": optional(float),  # threshold: probability from which on tokens are committed, in (0, 1] (0.9)
+            "factor": optional(float),  # factor: above 0; more commits more tokens a call (1)
             "steps": 128,  # flat: model calls
             "temperature": 1.0,
             "top_p": 1.0,
             "top_k": 0,  # 0 = off
+            "repetition_penalty": 1.0,  # divides the probability of tokens that the text holds; 1 = off
+            "guidance": 0.0,  # w of classifier-free guidance by what is given; full models; 0 = off
             "cache_dtype": "",  # of keys and values: 'float32' | 'bfloat16' | '' (that of the activations)
             "untrained_correction": False,  # allow acs for a run trained on epsilon_nelbo (it never saw tokens)
         }

@@ -35,11 +35,13 @@ class NoiseSchedule(NamedTuple):
       name: the builder and its arguments.
       alpha: u -> survival in [0, 1], never rising.
       derivative: u -> d alpha / du.
+      shown: the schedule whose range of sigma a network knows, where it was trained under another; None: this one.
     """
 
     name: str
     alpha: Callable[[Array], Array]
     derivative: Callable[[Array], Array]
+    shown: "NoiseSchedule | None" = None
 
     def __call__(self, u: Array) -> Array:
         """alpha(u)."""
@@ -52,7 +54,8 @@ class NoiseSchedule(NamedTuple):
         [0.0001, 0.6931, 9.2103]
         """
         alpha = _floating(alpha)
-        return jnp.clip(-jnp.log(alpha), *sigma_range(self, margin)).astype(alpha.dtype)
+        of = self if self.shown is None else self.shown
+        return jnp.clip(-jnp.log(alpha), *sigma_range(of, margin)).astype(alpha.dtype)
 
 
 @cache
@@ -157,6 +160,41 @@ def clipped(base: NoiseSchedule, eps: float) -> NoiseSchedule:
     require(isinstance(base, NoiseSchedule), "noise_schedule.base", base, allowed)
     eps = number("noise_schedule.eps", eps, "a number in [0, 1/2)", lambda x: 0 <= x < 0.5)
     return _schedule(f"clipped({base.name}, eps={eps:g})", _clipped_alpha, _clipped_derivative, base, eps)
+
+
+def _plateau_alpha(u: Array, base: NoiseSchedule, t_on: float, t_off: float, alpha_on: float) -> Array:
+    before, after = base.alpha(jnp.clip((u - t_on) / (1 - t_on), 0, 1)), base.alpha(jnp.clip(u / t_off, 0, 1))
+    falling, rest = alpha_on * before, jnp.full_like(u, alpha_on)
+    return jnp.where(u > t_on, falling, jnp.where(u >= t_off, rest, alpha_on + (1 - alpha_on) * after))
+
+
+def _plateau_derivative(u: Array, base: NoiseSchedule, t_on: float, t_off: float, alpha_on: float) -> Array:
+    before = base.derivative(jnp.clip((u - t_on) / (1 - t_on), 0, 1)) * alpha_on / (1 - t_on)
+    after = base.derivative(jnp.clip(u / t_off, 0, 1)) * (1 - alpha_on) / t_off
+    return jnp.where(u > t_on, before, jnp.where(u >= t_off, 0, after))
+
+
+def plateau(base: NoiseSchedule, t_on: float, t_off: float, alpha_on: float) -> NoiseSchedule:
+    """A schedule for sampling that rests: alpha rises to alpha_on at u = t_on, stays until t_off, then rises to 1.
+
+    It rises as `base` does, each time over the whole of its range. A network trained under `base` runs under it, for
+    only the pace of the calls is another (ReMDM's loop).
+
+    Args:
+      base: from alpha 1 to 0.
+      t_on, t_off: noise fractions, 0 < t_off < t_on < 1, between which alpha is alpha_on.
+      alpha_on: in (0, 1).
+
+    >>> plateau(linear(), t_on=0.5, t_off=0.1, alpha_on=0.9).alpha(jnp.array([1.0, 0.75, 0.5, 0.1, 0.05, 0.0])).tolist()
+    [0.0, 0.45, 0.9, 0.9, 0.95, 1.0]
+    """
+    inside = lambda low, high: lambda x: low < x < high
+    t_on = number("sampler.t_on", t_on, "a number in (0, 1)", inside(0, 1))
+    t_off = number("sampler.t_off", t_off, f"a number in (0, {t_on:g}), below t_on", inside(0, t_on))
+    alpha_on = number("sampler.alpha_on", alpha_on, "a number in (0, 1)", inside(0, 1))
+    name = f"plateau({base.name}, t_on={t_on:g}, t_off={t_off:g}, alpha_on={alpha_on:g})"
+    made = _schedule(name, _plateau_alpha, _plateau_derivative, base, t_on, t_off, alpha_on)
+    return made._replace(shown=base)
 
 
 def _schedule(name: str, alpha: Callable, derivative: Callable, *parameters: Any) -> NoiseSchedule:

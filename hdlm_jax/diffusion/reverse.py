@@ -31,7 +31,7 @@ from jax import Array
 
 from hdlm_jax.diffusion import scores
 from hdlm_jax.diffusion.categorical import categorical
-from hdlm_jax.diffusion.fields import arguments, number
+from hdlm_jax.diffusion.fields import number
 from hdlm_jax.diffusion.noising import NoisingProcess, to_posterior, unmasked_share
 from hdlm_jax.errors import UserError, choose
 
@@ -86,7 +86,7 @@ def ancestral(process: NoisingProcess, reading: str | None = None) -> ReverseSte
     """
     if reading in scores.READINGS:
         return _of_scores("ancestral", process, reading, scores.tweedie)
-    reading = _reading(process, reading)
+    reading = reading_of(process, reading)
     kernel = partial(process.reverse, reading=reading)
     if not process.frozen:
         return ReverseStep("ancestral", kernel, partial(_table_step, kernel, process.num_tokens))
@@ -125,7 +125,8 @@ def acs(process: NoisingProcess, eta: float, reading: str | None = None) -> Reve
       UserError: not an epsilon-hybrid process, eta outside [0, 1], an unknown reading.
     """
     _require_epsilon_hybrid("acs", process)
-    return _resampling("acs", Resampling(process, _eta(eta), _reading(process, reading), process.epsilon, True))
+    eta, reading = checked_eta(eta), reading_of(process, reading)
+    return _resampling("acs", Resampling(process, eta, reading, process.epsilon, exact_last=True))
 
 
 def acs_published(process: NoisingProcess, eta: float, reading: str | None = None) -> ReverseStep:
@@ -137,10 +138,11 @@ def acs_published(process: NoisingProcess, eta: float, reading: str | None = Non
       UserError: not an epsilon-hybrid process, eta outside [0, 1], an unknown reading.
     """
     _require_epsilon_hybrid("acs_published", process)
-    _reading(process, reading)
-    return _resampling("acs_published", Resampling(process, _eta(eta), None, 0.0, exact_last=False))
+    reading_of(process, reading)
+    return _resampling("acs_published", Resampling(process, checked_eta(eta), None, 0.0, exact_last=False))
 
 
+# the samplers that move every position on its own; all there are: diffusion/samplers.py
 SAMPLERS: Mapping[str, Callable[..., ReverseStep]] = {
     "ancestral": ancestral,
     "analytic": analytic,
@@ -148,22 +150,6 @@ SAMPLERS: Mapping[str, Callable[..., ReverseStep]] = {
     "acs": acs,
     "acs_published": acs_published,
 }
-
-
-def build(kind: str, process: NoisingProcess, reading: str | None = None, **dials: Any) -> ReverseStep:
-    """The sampler named `kind` for a process and a reading; a dial that is None is not given.
-
-    Raises:
-      UserError: an unknown kind, a dial that it does not have or misses, a value out of range.
-
-    >>> from hdlm_jax.diffusion.noising import epsilon_hybrid
-    >>> build("acs", epsilon_hybrid(num_tokens=10, epsilon=0.1), eta=2)
-    Traceback (most recent call last):
-    ...
-    hdlm_jax.errors.UserError: sampler.eta: got 2; allowed: a number in [0, 1]
-    """
-    factory = choose("sampler.kind", kind, SAMPLERS)
-    return factory(process, **arguments("sampler", kind, factory, {"reading": reading, **dials}, skip=1))
 
 
 def _resampling(name: str, rule: Resampling) -> ReverseStep:
@@ -182,42 +168,61 @@ def _resampling_kernel(rule: Resampling, zt: Array, x0_probs_N: Array, alpha_t: 
 
 
 def _resampling_step(rule: Resampling, rng: Array, zt: Array, logits: Array, alpha_t: Array, alpha_s: Array) -> Array:
-    N = rule.process.num_tokens
-    x0_rng, token_rng, decision_rng = jax.random.split(rng, 3)
     alpha_t, alpha_s = jnp.broadcast_to(alpha_t, zt.shape), jnp.broadcast_to(alpha_s, zt.shape)
     change, last = _change(rule, zt, alpha_t, alpha_s)
-    x0 = categorical(x0_rng, _posterior_logits(rule, zt, logits[..., :N])).astype(zt.dtype)
-    change_u, smooth_u = jax.random.uniform(decision_rng, (2, *zt.shape), change.dtype)
+    x0, u = predicted(rule, rng, zt, logits, last)
+    return jnp.where(u < change, x0, zt)
+
+
+def predicted(rule: Resampling, rng: Array, zt: Array, logits: Array, last: Array) -> tuple[Array, Array]:
+    """Tokens drawn from the smoothed p(x | zt), unsmoothed where `last`, and uniforms to decide by; zt's shape."""
+    N = rule.process.num_tokens
+    x0_rng, token_rng, decision_rng = jax.random.split(rng, 3)
+    x0 = categorical(x0_rng, posterior_logits(rule.process, rule.reading, zt, logits[..., :N])).astype(zt.dtype)
+    decision_u, smooth_u = jax.random.uniform(decision_rng, (2, *zt.shape))
     if rule.smoothing > 0:
         random = jax.random.randint(token_rng, zt.shape, 0, N, zt.dtype)
         x0 = jnp.where((smooth_u < rule.smoothing) & ~last, random, x0)
-    return jnp.where(change_u < change, x0, zt)
+    return x0, decision_u
+
+
+def transfer(process: NoisingProcess, alpha_t: Array, alpha_s: Array) -> Array:
+    """pt, the probability that a mask at alpha_t is a token at alpha_s; 1 where nothing is masked any more.
+
+    >>> from hdlm_jax.diffusion.noising import absorb
+    >>> transfer(absorb(num_tokens=2), jnp.array([0.0, 0.5, 0.5]), jnp.array([0.25, 0.75, 1.0])).tolist()
+    [0.25, 0.5, 1.0]
+    """
+    before, after = (unmasked_share(alpha, process.alpha_max) for alpha in (alpha_t, alpha_s))
+    masked = 1 - before
+    return jnp.where(masked > 0, (after - before) / jnp.where(masked > 0, masked, 1), 1)
 
 
 def _change(rule: Resampling, zt: Array, alpha_t: Array, alpha_s: Array) -> tuple[Array, Array]:
     """Probability that a position draws its token again, and whether this is its exact last step."""
-    before, after = (unmasked_share(alpha, rule.process.alpha_max) for alpha in (alpha_t, alpha_s))
-    masked = 1 - before
-    transfer = jnp.where(masked > 0, (after - before) / jnp.where(masked > 0, masked, 1), 1)
+    pt = transfer(rule.process, alpha_t, alpha_s)
     last = (alpha_s >= 1) & rule.exact_last
-    token = jnp.where(last, 1, rule.eta * (1 - transfer)).astype(transfer.dtype)
-    if math.isinf(_odds(rule)):  # an unmasked token is clean: drawing it again would give it back
+    token = jnp.where(last, 1, rule.eta * (1 - pt)).astype(pt.dtype)
+    if math.isinf(_odds(rule.process, rule.reading)):  # an unmasked token is clean: drawing again would give it back
         token = jnp.zeros_like(token)
-    change = jnp.where(zt == rule.process.mask, transfer, token)
+    change = jnp.where(zt == rule.process.mask, pt, token)
     return jnp.where(alpha_s > alpha_t, change, 0), last
 
 
-def _posterior_logits(rule: Resampling, zt: Array, logits: Array) -> Array:
-    """Logits of p(x | zt): the network's, raised by the log odds at x = zt; at masks as they are."""
-    odds = _odds(rule)
+def posterior_logits(process: NoisingProcess, reading: str | None, zt: Array, logits: Array) -> Array:
+    """Logits of p(x | zt) [..., N]: the network's, raised by the log odds at x = zt; at masks as they are.
+
+    The tokens of a process without shuffled ones are certain, and their logits are left as they are too.
+    """
+    odds = _odds(process, reading)
     if odds == 0 or math.isinf(odds):
         return logits
     ids = jax.lax.broadcasted_iota(zt.dtype, logits.shape, logits.ndim - 1)
     return jnp.where(ids == zt[..., None], logits + odds, logits)
 
 
-def _odds(rule: Resampling) -> float:
-    return 0.0 if rule.reading is None else rule.process.log_odds(rule.reading)
+def _odds(process: NoisingProcess, reading: str | None) -> float:
+    return 0.0 if reading is None else process.log_odds(reading)
 
 
 def _of_scores(name: str, process: NoisingProcess, reading: str, rule: Callable[..., Array]) -> ReverseStep:
@@ -264,12 +269,14 @@ def _table_step(
     return categorical(rng, jnp.log(tables)).astype(zt.dtype)
 
 
-def _reading(process: NoisingProcess, reading: str | None) -> str:
+def reading_of(process: NoisingProcess, reading: str | None) -> str:
+    """The reading, the process's own for None; `UserError` for one that it does not know."""
     reading = process.reading if reading is None else reading
     return choose("noising.reading", reading, {name: name for name in process.readings})
 
 
-def _eta(eta: Any) -> float:
+def checked_eta(eta: Any) -> float:
+    """The strength of corrections, in [0, 1]."""
     return number("sampler.eta", eta, "a number in [0, 1]", lambda value: 0 <= value <= 1)
 
 

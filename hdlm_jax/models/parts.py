@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from hdlm_jax.config import block_fields
-from hdlm_jax.diffusion import bounds, hyperschedules, losses, noise_schedules, noising, phases, reverse, scores
+from hdlm_jax.diffusion import bounds, hyperschedules, losses, noise_schedules, noising, phases, samplers, scores
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
 from hdlm_jax.diffusion.losses import Loss
 from hdlm_jax.diffusion.noise_schedules import NoiseSchedule
 from hdlm_jax.diffusion.noising import NoisingProcess
-from hdlm_jax.diffusion.reverse import ReverseStep
+from hdlm_jax.diffusion.rules import Rule
 from hdlm_jax.diffusion.visibility import check_context
 from hdlm_jax.errors import UserError, one_of, require
 from hdlm_jax.models.transformer import TransformerConfig
@@ -190,10 +190,14 @@ def build_hyperschedule(config: ConfigDict, length: int) -> Hyperschedule:
     return hyperschedules.build(kind, length, **fields)
 
 
-def build_reverse(sampler: ConfigDict, process: NoisingProcess, reading: str) -> ReverseStep:
-    """The reverse step of an experiment's `sampler` block, for a network read by `reading`."""
-    dials = {"eta": sampler.eta} if sampler.kind in ("acs", "acs_published") else {}
-    return reverse.build(sampler.kind, process, reading=reading, **dials)
+def build_rule(sampler: ConfigDict, process: NoisingProcess, reading: str) -> Rule:
+    """The rule of an experiment's `sampler` block, for a network read by `reading`.
+
+    `eta` has a value in every experiment and reaches the samplers that have it; the other dials are refused where they
+    are given to a sampler that has none of the name.
+    """
+    given = {name: sampler[name] for name in samplers.DIALS if name != "eta" or name in samplers.dials_of(sampler.kind)}
+    return samplers.build(sampler.kind, process, reading=reading, **given)
 
 
 def reconstructs(layout: str, schedule: NoiseSchedule, process: NoisingProcess) -> bool:

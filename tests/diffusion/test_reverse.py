@@ -9,7 +9,6 @@ import pytest
 from scipy.stats import chisquare
 
 from hdlm_jax.diffusion import noising, reverse
-from hdlm_jax.errors import UserError
 from tests.oracle import hdlm_oracle as oracle
 
 N, EPSILON = 3, 0.2
@@ -262,27 +261,3 @@ def test_an_absorb_network_is_finished_by_its_own_chain():
     step = reverse.ancestral(noising.absorb(N)).step
     z = run(step, [(0, 0), (0.3, 0), (1, 0), (1, 0.6), (1, 1)], logits_of)
     assert_follows(np.bincount(z[:, 0] * N + z[:, 1], minlength=N * N), JOINT.ravel())
-
-
-@pytest.mark.parametrize(
-    ("call", "field"),
-    [
-        (lambda: reverse.build("ACS", EPSILON_HYBRID, eta=0.1), "sampler.kind: got 'ACS'"),
-        (lambda: reverse.build("acs", noising.absorb(N), eta=0.1), "sampler.kind.*learns to correct"),
-        (lambda: reverse.build("acs_published", noising.gamma_hybrid(N, 0.1), eta=0.1), "sampler.kind"),
-        (lambda: reverse.build("acs", EPSILON_HYBRID, eta=1.5), "sampler.eta"),
-        (lambda: reverse.build("acs", EPSILON_HYBRID, eta=float("nan")), "sampler.eta"),
-        (lambda: reverse.build("acs", EPSILON_HYBRID), "sampler.eta"),
-        (lambda: reverse.build("ancestral", EPSILON_HYBRID, eta=0.1), "sampler.eta"),
-        (lambda: reverse.build("acs", EPSILON_HYBRID, "mean", eta=0.1), "noising.reading"),
-        (lambda: reverse.build("ancestral", noising.uniform(N), "hybrid"), "noising.reading"),
-    ],
-)
-def test_bad_input_names_its_field(call, field):
-    with pytest.raises(UserError, match=field):
-        call()
-
-
-def test_built_by_name_a_sampler_is_the_same():
-    for kind, dials in (("ancestral", {}), ("acs", {"eta": 0.2}), ("acs_published", {"eta": 0.2})):
-        assert reverse.build(kind, EPSILON_HYBRID, **dials).name == kind

@@ -62,7 +62,7 @@ def expected(kind, process, z, score, alpha_t, alpha_s):
 
 @functools.cache
 def jitted(kind, name, reading, part):
-    return jax.jit(getattr(reverse.build(kind, PROCESSES[name], reading), part))
+    return jax.jit(getattr(reverse.SAMPLERS[kind](PROCESSES[name], reading), part))
 
 
 @pytest.mark.parametrize("reading", ["score", "published_score"])
@@ -102,9 +102,11 @@ def test_ancestral_is_analytic_and_analytic_is_ancestral_for_predictions_of_toke
     ]
     np.testing.assert_array_equal(*by_name)
     probs = np.random.default_rng(2).dirichlet(np.ones(N), len(z)).astype(np.float32)
-    kernels = [jax.jit(jax.vmap(reverse.build(kind, process, "cavity").kernel)) for kind in ("ancestral", "analytic")]
+    kernels = [
+        jax.jit(jax.vmap(reverse.SAMPLERS[kind](process, "cavity").kernel)) for kind in ("ancestral", "analytic")
+    ]
     np.testing.assert_array_equal(*(kernel(z, probs, alpha_t, alpha_s) for kernel in kernels))
-    assert [reverse.build(kind, process, "score").name for kind in ("ancestral", *KINDS)] == ["ancestral", *KINDS]
+    assert [reverse.SAMPLERS[kind](process, "score").name for kind in ("ancestral", *KINDS)] == ["ancestral", *KINDS]
 
 
 # ---- two tokens with a joint law, both changing at once, and the network that knows their scores
@@ -148,11 +150,11 @@ def test_finished_texts_tend_to_the_data_law_and_analytic_steps_are_better(name)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: reverse.build("euler", PROCESSES["gamma"], "cavity"), "sampler.kind: got 'euler'.*score_entropy"),
-        (lambda: reverse.build("euler", PROCESSES["gamma"]), "sampler.kind: got 'euler'"),
-        (lambda: reverse.build("analytic", noising.epsilon_hybrid(N, 0.1)), "noising.kind: got 'epsilon_hybrid'"),
-        (lambda: reverse.build("ancestral", noising.epsilon_hybrid(N, 0.1), "score"), "noising.kind: got"),
-        (lambda: reverse.build("acs", PROCESSES["gamma"], "score", eta=0.1), "sampler.kind: got 'acs'"),
+        (lambda: reverse.euler(PROCESSES["gamma"], "cavity"), "sampler.kind: got 'euler'.*score_entropy"),
+        (lambda: reverse.euler(PROCESSES["gamma"]), "sampler.kind: got 'euler'"),
+        (lambda: reverse.analytic(noising.epsilon_hybrid(N, 0.1)), "noising.kind: got 'epsilon_hybrid'"),
+        (lambda: reverse.ancestral(noising.epsilon_hybrid(N, 0.1), "score"), "noising.kind: got"),
+        (lambda: reverse.acs(PROCESSES["gamma"], 0.1, "score"), "sampler.kind: got 'acs'"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):
