@@ -78,34 +78,56 @@ def divergence(p_xV: Array, q_xV: Array) -> Array:
     tiny = jnp.finfo(p_xV.dtype).tiny
     possible = p_xV > tiny
     p = jnp.where(possible, p_xV, 1)
-    r = jnp.log(jnp.maximum(q_xV, tiny) / p)
+    r = _log_quotient(jnp.maximum(q_xV, tiny), p)
     return jnp.where(possible, p * excess(r), jnp.maximum(q_xV, 0)).sum(-1)
+
+
+@jax.custom_jvp
+def _log_quotient(q: Array, p: Array) -> Array:
+    """log(q / p) of positive numbers, the divided form: close laws keep their digits."""
+    return jnp.log(q / p)
+
+
+@_log_quotient.defjvp
+def _log_quotient_jvp(at: tuple[Array, Array], along: tuple[Array, Array]) -> tuple[Array, Array]:
+    """dq/q - dp/p. Through the quotient a compiler may form 1 / (q p), which overflows where both are rare."""
+    return _log_quotient(*at), along[0] / at[0] - along[1] / at[1]
 
 
 def step_divergence(
     process: NoisingProcess, reading: str, logits_RxV: Array, x0_R: Array, zt_R: Array, alpha_t_R: Array, alpha_s_R
 ) -> Array:
-    """KL(q(z_s | z_t, x) || p(z_s | z_t)), nats [R]; 0 where alpha_s = alpha_t. For any process, O(V) per row."""
-    probs_RxN = jax.nn.softmax(logits_RxV, axis=-1)[:, : process.num_tokens]
+    """KL(q(z_s | z_t, x) || p(z_s | z_t)), nats [R]; 0 where alpha_s = alpha_t. For any process, O(V) per row.
 
-    def one(zt, x0, probs_N, alpha_t, alpha_s):
+    The network is read in log space: on its way through probabilities far below those of the process, which an
+    over-confident network gives, a gradient would overflow.
+    """
+    posterior_RxN = jax.nn.softmax(_read(process, reading, logits_RxV, zt_R, alpha_t_R), axis=-1)
+
+    def one(zt, x0, posterior_N, alpha_t, alpha_s):
         target_V = process.posterior(zt, x0, alpha_t, alpha_s)
-        return divergence(target_V, process.reverse(zt, probs_N, alpha_t, alpha_s, reading))
+        return divergence(target_V, process.reverse(zt, posterior_N, alpha_t, alpha_s, "posterior"))
 
-    return jax.vmap(one)(zt_R, x0_R, probs_RxN, alpha_t_R, alpha_s_R)
+    return jax.vmap(one)(zt_R, x0_R, posterior_RxN, alpha_t_R, alpha_s_R)
 
 
 def posterior_nats(
     process: NoisingProcess, reading: str, logits_RxV: Array, x0_R: Array, zt_R: Array, alpha_R: Array
 ) -> Array:
     """-log p(x0 | z_t) with the posterior read from the network, nats [R], in log space. For any process."""
+    scores_RxN = _read(process, reading, logits_RxV, zt_R, alpha_R)
+    ids = jax.lax.broadcasted_iota(zt_R.dtype, scores_RxN.shape, 1)
+    return jax.nn.logsumexp(scores_RxN, axis=-1) - jnp.where(ids == x0_R[:, None], scores_RxN, 0).sum(-1)
+
+
+def _read(process: NoisingProcess, reading: str, logits_RxV: Array, zt_R: Array, alpha_R: Array) -> Array:
+    """Scores [R, N] of p(x | z_t), -inf where impossible; the network's own where all is impossible."""
     likelihood_RxN = jax.vmap(process.likelihood)(zt_R, alpha_R)
     ids = jax.lax.broadcasted_iota(zt_R.dtype, likelihood_RxN.shape, 1)
     shuffle_RxN = (ids == zt_R[:, None]).astype(likelihood_RxN.dtype) + 1 / process.num_tokens
     factor_RxN = choose("noising.reading", reading, READINGS)(likelihood_RxN, shuffle_RxN)
     factor_RxN = jnp.where((factor_RxN > 0).any(-1, keepdims=True), factor_RxN, 1)
-    scores_RxN = logits_RxV[:, : process.num_tokens] + jnp.log(factor_RxN)
-    return jax.nn.logsumexp(scores_RxN, axis=-1) - jnp.where(ids == x0_R[:, None], scores_RxN, 0).sum(-1)
+    return logits_RxV[:, : process.num_tokens] + jnp.log(factor_RxN)
 
 
 def law(process: NoisingProcess, alpha: ArrayLike) -> Law:

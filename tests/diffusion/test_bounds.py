@@ -120,6 +120,38 @@ def test_terms_and_gradients_are_finite_on_rows_of_every_sort(name):
                 assert not gradient[9:12].any() and not gradient[-1].any()  # settled rows, and filling
 
 
+BYTES = {"band": lambda: noising.d3pm_band(257, 64), "nearest": lambda: noising.d3pm_nearest(257)}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("name", BYTES)
+def test_gradients_over_bytes_are_those_of_float64_differences(name, reading):
+    """Where most displacements are rare; finite for an over-confident network too."""
+    process, rng, R, levels = BYTES[name](), np.random.default_rng(8), 24, 64
+    level = np.append(np.arange(1, levels, 3), [1, levels, levels])[:R]
+    alpha_t, alpha_s = (np.asarray(1 - (1 - 1e-4) * l / levels, np.float32) for l in (level, level - 1))
+    x0 = jnp.asarray(rng.integers(0, 257, R), jnp.int32)
+    zt = jax.vmap(process.sample)(jax.random.split(jax.random.key(0), R), x0, jnp.asarray(alpha_t))
+    along = rng.normal(size=(R, 257))
+
+    def nats(scores_RxN, dtype):
+        full = lambda value: jnp.asarray(np.broadcast_to(value, R), dtype)
+        phase = Phase(full(alpha_t), full(alpha_s), full(0), full(alpha_s == 1), full(0), full(0), full(levels))
+        scores_RxV = jnp.pad(scores_RxN, ((0, 0), (0, 2)), constant_values=-jnp.inf)
+        return sum(bounds.terms(process, reading, False)(scores_RxV, x0, zt, phase).values())
+
+    gradient = jax.jit(jax.grad(lambda scores: nats(scores, jnp.float32).sum()))
+    for size in (60.0, 300.0):
+        assert bool(jnp.isfinite(gradient(jnp.asarray(size * along, jnp.float32))).all())
+    for scores in (np.zeros(along.shape), rng.normal(size=along.shape)):
+        scores = scores.astype(np.float32)
+        ours = (np.asarray(gradient(jnp.asarray(scores)), float) * along).sum(-1)
+        with jax.enable_x64(True):
+            exact = jax.jit(lambda scores: nats(scores, jnp.float64))
+            later, before = (np.asarray(exact(scores.astype(float) + h * along)) for h in (1e-4, -1e-4))
+        np.testing.assert_allclose(ours, (later - before) / 2e-4, rtol=1e-4, atol=1e-4)
+
+
 def test_a_gamma_of_0_and_an_epsilon_of_0_are_absorb():
     rng, R = np.random.default_rng(3), 40
     absorb, gamma = noising.absorb(N), noising.gamma_hybrid(N, 0.0)
