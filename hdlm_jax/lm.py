@@ -1,4 +1,4 @@
-"""The loaded model: generate, perplexity, logits.
+"""The loaded model: generate, stream, perplexity, logits.
 
 >>> import hdlm_jax as hdlm                                        # doctest: +SKIP
 >>> lm = hdlm.load("runs/quickstart")                              # doctest: +SKIP
@@ -8,7 +8,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from hdlm_jax import config as configs
+from hdlm_jax import files
 from hdlm_jax.data import pipeline, prepare, tokenizers
 from hdlm_jax.diffusion import hyperschedules
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
 from hdlm_jax.errors import require
 from hdlm_jax.evaluation import perplexity
 from hdlm_jax.evaluation.perplexity import Bound
-from hdlm_jax.generation import sampling
+from hdlm_jax.generation import continuation, sampling, streaming
+from hdlm_jax.generation.chain import Chain
 from hdlm_jax.generation.sampling import Generation
+from hdlm_jax.generation.streaming import Snapshot
 from hdlm_jax.interop import export, published
 from hdlm_jax.models import layouts
 from hdlm_jax.models import parts as builders
@@ -34,6 +37,10 @@ from hdlm_jax.models.transformer import TransformerConfig, forward, init, logits
 from hdlm_jax.training import run_folder, weights_file
 
 HYPERSCHEDULE_FIELDS = ("width", "rate", "block", "steps")
+PREFIX_IS_BLIND = (
+    "fixed: this prefix model sees a fixed text to the right of a position only inside their common window; a full"
+    " model sees it always"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +69,16 @@ class LanguageModel:
 
     def generate(
         self,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = None,
         *,
         num_samples: int = 1,
         length: int | None = None,
-        seed: int = 0,
-        record: bool = False,
+        seed: int | Sequence[int] = 0,
+        fixed: Mapping[int, str] | None = None,
+        stop: bool = False,
+        forbid: Sequence[int] = (),
+        hook: Callable[[Array, Array], Array] | None = None,
+        record: bool | int = False,
         hyperschedule: str | Hyperschedule | None = None,
         sampler: str | None = None,
         **dials: Any,
@@ -75,29 +86,87 @@ class LanguageModel:
         """Generates texts.
 
         Args:
-          prompt: a text for all samples, or one text per sample.
+          prompt: a text for all samples, or one text per sample, of any lengths; None begins from nothing.
           num_samples: how many texts (for a single prompt).
-          length: tokens in all, prompt included; default and limit: the trained length.
-          seed: of the draws; the same seed gives the same texts.
-          record: also return the tokens after every step.
+          length: tokens in all, prompt included; default: the trained length. A prefix model under quenched, block,
+            slide or block_slide goes on past it, each further part after the last half of what there is.
+          seed: of the draws; the same seed gives the same texts. Or one seed per text, which then is the same alone
+            and in any batch.
+          fixed: position -> text whose tokens stand there in all texts, to fill in what lies between. Rows of a
+            `prefix` model see a fixed text to their right only inside their window; a `full` model sees it always.
+          stop: texts end at their first generated end of text (`lengths`), and calls end when all texts have.
+          forbid: token ids that are never drawn.
+          hook: (logits_BxWxN, x_BxL) -> logits_BxWxN, a pure JAX function, before all other shaping.
+          record: keep the trajectory, with at most so many frames where a number is given.
           hyperschedule: a kind (with `width`, `rate`, `block`, `steps` among the dials) or a `Hyperschedule`;
             default: the experiment's.
-          sampler: 'ancestral', 'analytic', 'euler', 'acs' or 'acs_published'; default: the experiment's.
-          **dials: eta, temperature, top_p, top_k, steps, width, rate, block.
+          sampler: a name in `hdlm_jax.diffusion.samplers.SAMPLERS`; default: the experiment's.
+          **dials: eta, temperature, top_p, top_k, guidance, repetition_penalty, steps, width, rate, block, and the
+            other fields of the experiment's `sampler` block.
 
         Raises:
-          UserError: an unknown name, a dial out of range, a prompt that is too long, a hyperschedule that
-            this model cannot sample exactly.
+          UserError: an unknown name, a dial out of range or of another sampler, a prompt that is empty or too long, a
+            hyperschedule that this model cannot sample exactly, guidance of a prefix model.
         """
-        c = self._with_dials(sampler, dials)
-        length = self.parts.model.length if length is None else length
-        allowed = f"1 .. {self.parts.model.length}, the trained length"
-        require(1 <= length <= self.parts.model.length, "length", length, allowed)
-        require(num_samples >= 1, "num_samples", num_samples, "a positive integer")
-        prompts = [prompt] * num_samples if isinstance(prompt, str) else list(prompt)
-        hs = self._hyperschedule(c, hyperschedule, dials, length)
-        chain = sampling.chain(self.parts, hs, c.sampler)
-        return sampling.draw(chain, self.params, self.tokenizer, prompts, length, seed, record)
+        c, prompts = self._with_dials(sampler, dials), _prompts(prompt, num_samples)
+        trained = self.parts.model.length
+        length = trained if length is None else length
+        require(length >= 1, "length", length, "a positive integer")
+        hs = self._hyperschedule(c, hyperschedule, dials, min(length, trained))
+        chain = self._chain(c, hs, stop, forbid, hook)
+        if length <= trained:
+            out = sampling.draw(chain, self.params, self.tokenizer, prompts, length, seed, record, fixed)
+        else:
+            continuation.check(self.parts, hs, length, fixed, record)
+            further = self._hyperschedule(c, hyperschedule, dials, continuation.stride(trained))
+            chains = chain, self._chain(c, further, stop, forbid, hook)
+            out = continuation.draw(*chains, self.params, self.tokenizer, prompts, length, seed)
+        blind = bool(fixed) and self.parts.model.visibility == "prefix"
+        return dataclasses.replace(out, notes=(PREFIX_IS_BLIND,)) if blind else out
+
+    def watch(
+        self,
+        prompt: str | None = None,
+        *,
+        every: int = 1,
+        length: int | None = None,
+        seed: int = 0,
+        fixed: Mapping[int, str] | None = None,
+        stop: bool = False,
+        hyperschedule: str | Hyperschedule | None = None,
+        sampler: str | None = None,
+        **dials: Any,
+    ) -> Iterator[Snapshot]:
+        """Generates one text and yields it at first and after every so many calls; arguments as of `generate`.
+
+        The finished text is that of `generate` with the same settings, up to the rounding of scores.
+
+        Args:
+          every: calls between two snapshots.
+
+        Raises:
+          UserError: as `generate`; a length past the trained one.
+        """
+        c, prompts = self._with_dials(sampler, dials), _prompts(prompt, 1)
+        trained = self.parts.model.length
+        length = trained if length is None else length
+        require(1 <= length <= trained, "length", length, f"1 .. {trained}, the trained length")
+        require(every >= 1, "every", every, "a positive number of calls")
+        chain = self._chain(c, self._hyperschedule(c, hyperschedule, dials, length), stop, (), None)
+        return streaming.snapshots(chain, self.params, self.tokenizer, prompts[0], length, seed, every, fixed)
+
+    def stream(self, prompt: str | None = None, *, every: int = 1, **settings: Any) -> Iterator[str]:
+        """Generates one text and yields it piece by piece as its tokens settle, from left to right.
+
+        The pieces join to the text of `generate` with the same settings. Where all positions settle together (flat),
+        there is one piece.
+
+        Args:
+          prompt: the text begins with it; it is the first piece.
+          every: calls between two pieces.
+          **settings: as of `watch`.
+        """
+        return streaming.settled_text(self.watch(prompt, every=every, **settings), self.tokenizer)
 
     def perplexity(
         self,
@@ -169,7 +238,7 @@ class LanguageModel:
         """
         has_data = self.origin is None
         require(has_data, "--text", None, "a file: an imported model has no held-out split of its own")
-        data = prepare.open_or_prepare(self.config.data.to_dict(), Path(folder) / "data")
+        data = prepare.open_or_prepare(self.config.data.to_dict(), files.place(folder) / "data")
         require(windows >= 0, "--windows", windows, "0 (all) or a positive integer")
         count = min(windows or len(data.held_out), len(data.held_out))
         return np.stack([data.held_out[i] for i in range(count)]), data.manifest
@@ -234,6 +303,10 @@ class LanguageModel:
         )
         return c
 
+    def _chain(self, c: ConfigDict, hs: Hyperschedule, stop: bool, forbid: Sequence[int], hook) -> Chain:
+        end = self.tokenizer.end_of_text if stop else None
+        return sampling.chain(self.parts, hs, c.sampler, end, forbid, hook)
+
     def _hyperschedule(self, c: ConfigDict, given, dials: dict, length: int) -> Hyperschedule:
         dials = {name: dials[name] for name in HYPERSCHEDULE_FIELDS if dials.get(name) is not None}
         if isinstance(given, Hyperschedule):
@@ -258,7 +331,7 @@ def load(folder: str | Path, weights: str = "ema") -> LanguageModel:
     Raises:
       UserError: no run folder, no checkpoint in it, weights that do not fit the experiment.
     """
-    folder = Path(folder)
+    folder = files.place(folder, "run folder")
     config = run_folder.read_config(folder)
     tokenizer = tokenizers.load(folder)
     parts = builders.build(config, tokenizer.num_tokens, tokenizer.bos_id)
@@ -266,6 +339,14 @@ def load(folder: str | Path, weights: str = "ema") -> LanguageModel:
     found = weights_file.restore(folder, abstract, parts.model.vocabulary, weights)
     params, origin = jax.tree.map(jnp.asarray, found.params), published.kept(folder)
     return LanguageModel(config, parts, params, tokenizer, found.step, found.kind, origin, folder)
+
+
+def _prompts(prompt: str | Sequence[str] | None, num_samples: int) -> list[str]:
+    require(num_samples >= 1, "num_samples", num_samples, "a positive integer")
+    require(prompt != "", "prompt", prompt, "a text; leave it out to begin from nothing")
+    if prompt is None or isinstance(prompt, str):
+        return [prompt or ""] * num_samples
+    return list(prompt)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

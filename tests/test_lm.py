@@ -13,7 +13,8 @@ from hdlm_jax import lm as lms
 from hdlm_jax.data import tokenizers
 from hdlm_jax.diffusion import hyperschedules
 from hdlm_jax.errors import UserError
-from hdlm_jax.generation import loop, sampling
+from hdlm_jax.generation import network, sampling
+from hdlm_jax.generation.chain import Chain
 from hdlm_jax.models import parts as builders
 from hdlm_jax.models.transformer import TransformerConfig, init
 from hdlm_jax.training.checkpoints import Checkpoints
@@ -96,17 +97,18 @@ def test_seeds_are_reproducible_and_equal_settings_compile_once():
 def test_a_prefix_model_takes_prompts_of_mixed_length_and_another_rate(compiled_fast):
     out = PREFIX.generate(["", "abcdefg", "xyz"], rate=2, length=L - 1, record=True)
     assert out.hyperschedule == hyperschedules.slide(L - 1, 4, 2)  # the width is the experiment's
-    assert out.trajectory.shape == (out.hyperschedule.num_steps, 3, L - 1)
-    np.testing.assert_array_equal(out.trajectory[-1], out.tokens)
-    assert (out.trajectory[:, 1, :7] == tokens_of("abcdefg")).all()
-    assert (out.trajectory[:, 2, :3] == tokens_of("xyz")).all()
+    history = out.trajectory.tokens
+    assert history.shape == (out.hyperschedule.num_steps + 1, 3, L - 1)
+    np.testing.assert_array_equal(history[-1], out.tokens)
+    assert (history[:, 1, :7] == tokens_of("abcdefg")).all()
+    assert (history[:, 2, :3] == tokens_of("xyz")).all()
     assert (out.tokens < N).all()
 
 
 def test_a_full_model_settles_blocks_in_order(compiled_fast):
     out = FULL.generate("ab", hyperschedule="block", width=5, rate="5/2", record=True)
     assert out.hyperschedule == hyperschedules.block(L, 5, "5/2")
-    masked = out.trajectory[:, 0] == N
+    masked = out.trajectory.tokens[1:, 0] == N
     assert masked[:2, 7:].all()  # the second block has not begun
     assert not masked[1:, :7].any()  # the first is finished
     assert not masked[-1].any()
@@ -146,7 +148,17 @@ def test_dials_reach_the_sampler(compiled_fast):
         ({"prompt": "a" * L}, "prompt: got '12 tokens'"),
         ({"prompt": ["a", "bcde"], "length": 4}, "prompt: got '4 tokens'"),
         ({"prompt": []}, "prompt: got "),
-        ({"length": L + 1}, "length: got 13; allowed: 1 .. 12"),
+        ({"length": 0}, "length: got 0"),
+        ({"length": L + 1, "fixed": {3: "a"}}, "fixed: got .*nothing for texts past the trained length, 12"),
+        ({"length": L + 1, "record": True}, "record: got True"),
+        ({"prompt": ""}, "prompt: got ''; allowed: a text; leave it out"),
+        ({"seed": [1, 2]}, "seed: got '2 seeds'; allowed: one, or one for each of the 1 texts"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"fixed": {L - 1: "ab"}}, "fixed: got '2 tokens from position 11'; allowed: positions 0 .. 11"),
+        ({"prompt": "ab", "fixed": {1: "ab"}}, "fixed: got .*taken: 1"),
+        ({"guidance": 1.0}, "sampler.guidance: got 1.0; allowed: 0 for a prefix model"),
+        ({"forbid": [N]}, "forbid: got 257"),
+        ({"repetition_penalty": 0.5}, "sampler.repetition_penalty: got 0.5"),
         ({"length": 3}, "hyperschedule.width: got 4"),
         ({"num_samples": 0}, "num_samples: got 0"),
     ],
@@ -179,9 +191,9 @@ def test_logits_of_a_conditioned_model_are_what_a_flat_step_sees():
     conditioned = model(SLIDE | {"model.conditioning": 8, "model.interpolation": 0.5})
     hs, tokens_BxL = hyperschedules.flat(L, 4), np.random.default_rng(0).integers(0, N + 1, (2, L))
     parts = conditioned.parts
-    chain = loop.Chain(parts.model, hs, parts.schedule, parts.process, None)
+    chain = Chain(parts.model, hs, parts.schedule, parts.process, None)
     given_BxL, x_BxL = jnp.zeros((2, L), bool), jnp.asarray(tokens_BxL, jnp.int32)
-    recomputed = jit(functools.partial(loop.recomputed_logits, chain))
+    recomputed = jit(functools.partial(network.recomputed_logits, chain))
     phase, expected = recomputed(conditioned.params, x_BxL, given_BxL, jnp.int32(1))
     scores = conditioned.logits(tokens_BxL, parts.schedule.sigma(phase.alpha_t))
     np.testing.assert_allclose(scores, expected, atol=1e-5)

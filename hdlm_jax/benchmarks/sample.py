@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from hdlm_jax.benchmarks.timing import seconds
 from hdlm_jax.diffusion import hyperschedules
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
-from hdlm_jax.generation import loop, sampling
+from hdlm_jax.generation import loop, sampling, segments
+from hdlm_jax.generation.chain import Chain, settling_rows, trailing_row
 from hdlm_jax.models import attention, cache, transformer
 from hdlm_jax.models import parts as builders
 
@@ -48,8 +49,8 @@ def measure(
         row |= {"ms/call without cache": 1e3 * step, "x without cache": step * hs.num_steps / time}
     if full:
         return row | {"rows/call": hs.length}
-    rows = hs.width + loop.trailing_row(chain) + loop.settling_rows(chain) / (hs.tau_max if hs.kind == "block" else 1)
-    mean_slots = (min(hs.length, loop.granularity(hs.length)) + hs.length) // 2
+    rows = hs.width + trailing_row(chain) + settling_rows(chain) / (hs.tau_max if hs.kind == "block" else 1)
+    mean_slots = (min(hs.length, segments.granularity(hs.length)) + hs.length) // 2
     attending = seconds(_cache_attention(parts.model, batch, round(rows), mean_slots), repeats)
     row |= {
         "rows/call": rows,
@@ -70,7 +71,7 @@ def _network(config: ConfigDict, num_tokens: int) -> tuple[builders.Parts, dict]
     return parts, params
 
 
-def _generation(chain: loop.Chain, params: dict, batch: int, steps: int, recomputed: bool):
+def _generation(chain: Chain, params: dict, batch: int, steps: int, recomputed: bool):
     length = chain.hs.length
     rng_B = jax.random.split(jax.random.key(2), batch)
     x_BxL = jnp.full((batch, length), chain.process.mask, jnp.int32)
@@ -81,11 +82,11 @@ def _generation(chain: loop.Chain, params: dict, batch: int, steps: int, recompu
 
 
 def _cached(chain, params, rng_B, x_BxL, given_BxL) -> Array:
-    return loop.cached(chain, params, rng_B, x_BxL, given_BxL, longest_prompt=0)[0]
+    return loop.cached(chain, params, rng_B, x_BxL, given_BxL, longest_prompt=0).x
 
 
 def _recomputed(chain, steps, params, rng_B, x_BxL, given_BxL) -> Array:
-    return loop.recomputed(chain, params, rng_B, x_BxL, given_BxL, steps=steps)[0]
+    return loop.recomputed(chain, params, rng_B, x_BxL, given_BxL, steps=steps).x
 
 
 def _cache_attention(model: transformer.TransformerConfig, batch: int, rows: int, slots: int):

@@ -5,52 +5,76 @@ models, and the slow twin of `cached`. `cached` feeds only the rows settled by t
 window: the loop of `prefix` models, at a cost per token that does not grow with the text.
 
 What is given stays: the tokens marked in given_BxL. The hyperschedule starts at each text's origin, the end of its
-prompt (`origins`); given tokens behind it are clean rows of the window that no step changes.
+prompt (`chain.origins`); given tokens behind it are clean rows of the window that no step changes.
 
-Letters: B texts, L positions, W window rows, C settling rows fed with a window, S cache slots, T steps.
+Letters: B texts, L positions, W window rows, C settling rows fed with a window, S cache slots, T steps, F frames.
 """
 
 import functools
-import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hdlm_jax.diffusion import phases, visibility
-from hdlm_jax.diffusion.hyperschedules import Hyperschedule
-from hdlm_jax.diffusion.noise_schedules import NoiseSchedule
-from hdlm_jax.diffusion.noising import NoisingProcess
-from hdlm_jax.diffusion.reverse import ReverseStep
+from hdlm_jax.diffusion.rules import Move
+from hdlm_jax.generation.chain import Chain, origins, settling_rows
+from hdlm_jax.generation.network import prefill, recomputed_logits, window_logits
+from hdlm_jax.generation.segments import plan, settles_at_once
 from hdlm_jax.models import cache as kv_cache
-from hdlm_jax.models import layouts
-from hdlm_jax.models.attention import cached as cached_attention
-from hdlm_jax.models.attention import dense
-from hdlm_jax.models.transformer import TransformerConfig, forward, logits, rotary_rows, unstacked
-
-SEGMENTS, SLOTS = 8, 64  # a scan is cut into at most so many segments, each a multiple of so many slots longer
+from hdlm_jax.models.transformer import unstacked
 
 
-class Chain(NamedTuple):
-    """What defines the chain that generates: network, hyperschedule, noising, reverse step."""
+class Frames(NamedTuple):
+    """The record of a generation: tokens int32 [F, B, L] and the network's confidence in them float32 [F, B, L]."""
 
-    config: TransformerConfig
-    hs: Hyperschedule
-    schedule: NoiseSchedule
-    process: NoisingProcess
-    reverse: ReverseStep
-    shape_logits: Callable[[Array], Array] = lambda scores: scores  # temperature, top-k, top-p
-    cache_dtype: str = ""  # of keys and values; '' is that of the activations
+    tokens: Array
+    confidence: Array
 
-    def alpha(self, level: Array) -> Array:
-        """Survival of levels."""
-        return phases.survival(level, self.hs.tau_max, self.schedule, self.process.alpha_max)
 
-    def sigma(self, alpha_BxR: Array) -> Array | None:
-        """Noise levels for a conditioned network, else None."""
-        return self.schedule.sigma(alpha_BxR) if self.config.conditioning else None
+class State(NamedTuple):
+    """What generation carries from call to call.
+
+    Attributes:
+      x: int32 [B, L], the texts.
+      calls: int32, how often the network was called.
+      memory: float32 [B, L], what the rule remembers; None for rules without memory.
+      confidence: float32 [B, L], see `generation.trajectory`; None where nothing is recorded.
+      frames: the record; None where nothing is recorded.
+    """
+
+    x: Array
+    calls: Array
+    memory: Array | None = None
+    confidence: Array | None = None
+    frames: Frames | None = None
+
+
+def begin(chain: Chain, x_BxL: Array, given_BxL: Array, frames: int = 0) -> State:
+    """The state before the first call: what is given, and noise of the prior.
+
+    Args:
+      frames: kept at most, besides the first; 0 records nothing.
+    """
+    state = State(x_BxL, jnp.int32(0))
+    if chain.rule.memory is not None:
+        state = state._replace(memory=jnp.full(x_BxL.shape, chain.rule.memory, jnp.float32))
+    if not frames:
+        return state
+    unknown = jnp.full(x_BxL.shape, jnp.nan, jnp.float32)
+    spread = lambda y_BxL: jnp.broadcast_to(y_BxL, (len(frame_steps(chain, frames)), *y_BxL.shape))
+    return state._replace(confidence=unknown, frames=Frames(spread(x_BxL), spread(unknown)))
+
+
+def frame_steps(chain: Chain, frames: int) -> list[int]:
+    """The generation step after which each frame is taken: 0, then evenly on, then T."""
+    T = chain.hs.num_steps
+    return [*range(0, T, _stride(T, frames)), T]
+
+
+def _stride(num_steps: int, frames: int) -> int:
+    return max(1, -(-num_steps // frames))
 
 
 def recomputed(
@@ -59,9 +83,9 @@ def recomputed(
     rng_B: Array,
     x_BxL: Array,
     given_BxL: Array,
-    record: bool = False,
+    frames: int = 0,
     steps: int | None = None,
-) -> tuple[Array, Array | None]:
+) -> State:
     """Generates by feeding all rows at every step.
 
     Args:
@@ -70,36 +94,34 @@ def recomputed(
       rng_B: one PRNG key per text: a text does not depend on the batch it is in.
       x_BxL: int32; what is given, and noise of the prior.
       given_BxL: bool; the tokens that stay.
-      record: also return the tokens after every step.
+      frames: kept at most, besides the first; 0 records nothing.
       steps: stop after so many (default: all).
 
     Returns:
-      finished tokens [B, L], and [T, B, L] or None.
+      the state after the last step: finished texts, and their frames.
     """
-
-    def body(x, step):
-        phase, scores = recomputed_logits(chain, params, x, given_BxL, step)
-        x = _reverse(chain, rng_B, step, x, scores, phase.alpha_t, phase.alpha_s)
-        return x, (x if record else None)
-
-    return jax.lax.scan(body, x_BxL, jnp.arange(steps or chain.hs.num_steps))
+    state = begin(chain, x_BxL, given_BxL, frames)
+    steps = jnp.arange(chain.hs.num_steps if steps is None else steps)
+    return advance_recomputed(chain, params, rng_B, given_BxL, frames, state, steps)
 
 
-def recomputed_logits(
-    chain: Chain, params: dict, x_BxL: Array, given_BxL: Array, step: Array
-) -> tuple[phases.Phase, Array]:
-    """The phase of `step` and the scores [B, L, V] of all rows (meaningful at active positions)."""
-    origin_B = origins(chain, given_BxL)
-    step_B = jnp.broadcast_to(step, origin_B.shape)
-    phase = phases.at_step(step_B, origin_B, x_BxL.shape[1], chain.hs, chain.schedule, chain.process.alpha_max)
-    alphas = (jnp.where(given_BxL, 1.0, alpha) for alpha in (phase.alpha_t, phase.alpha_s))
-    phase = phase._replace(**dict(zip(("alpha_t", "alpha_s"), alphas, strict=True)))
-    rows = layouts.plain(chain.config, x_BxL, phase, trailing_row(chain))
-    hidden, _ = forward(
-        chain.config, params, rows.tokens, rows.positions, rows.attention, sigma_BxR=chain.sigma(rows.alpha)
-    )
-    first, end = rows.predicting
-    return phase, logits(chain.config, params, hidden[:, first:end])
+def advance_recomputed(
+    chain: Chain, params: dict, rng_B: Array, given_BxL: Array, frames: int, state: State, steps: Array
+) -> State:
+    """`recomputed` from one state on, over successive steps."""
+
+    def call(state: State, step: Array) -> State:
+        phase, scores = recomputed_logits(chain, params, state.x, given_BxL, step)
+        index_BxL = jnp.broadcast_to(jnp.arange(state.x.shape[1])[None, :], state.x.shape)
+        move = Move(phase.alpha_t, phase.alpha_s, phase.steps > 0)
+        return _moved(chain, rng_B, step, state, scores, index_BxL, move)
+
+    idle = _idle(chain, given_BxL, chain.rule.skips)
+
+    def body(state: State, step: Array):
+        return _recorded(chain, frames, step, _unless(idle, state, call, state, step)), None
+
+    return jax.lax.scan(body, state, steps)[0]
 
 
 def cached(
@@ -109,202 +131,166 @@ def cached(
     x_BxL: Array,
     given_BxL: Array,
     longest_prompt: int,
-    record: bool = False,
-) -> tuple[Array, Array | None]:
+    frames: int = 0,
+) -> State:
     """Generates with the exact cache; arguments and results as `recomputed`.
 
     Args:
       longest_prompt: static upper bound of the origins.
     """
-    params = unstacked(chain.config, params)
-    plan = _plan(chain, x_BxL.shape[1], longest_prompt)
+    segments = plan(chain.hs, x_BxL.shape[1], longest_prompt)
+    state = begin(chain, x_BxL, given_BxL, frames)
+    cache = begin_cache(chain, params, x_BxL, longest_prompt, segments[0].slots)
+    for segment in segments:
+        steps = jnp.arange(segment.first, segment.end)
+        carry = (state, kv_cache.grow(cache, segment.slots))
+        state, cache = advance_cached(chain, params, rng_B, given_BxL, frames, carry, steps)
+    return state
+
+
+def begin_cache(chain: Chain, params: dict, x_BxL: Array, longest_prompt: int, slots: int) -> kv_cache.Cache:
+    """A cache that holds the prompts, with room for `slots` rows at least."""
     dtype = chain.cache_dtype or (params["embedding"].dtype if chain.config.dtype == "float32" else chain.config.dtype)
-    cache = kv_cache.empty(chain.config, x_BxL.shape[0], plan[0].slots, dtype)
-    if longest_prompt:
-        cache = _prefill(chain, params, cache, x_BxL, longest_prompt)
-    history = []
-    for segment in plan:
-        carry = (x_BxL, kv_cache.grow(cache, segment.slots))
-        (x_BxL, cache), tokens = _run(chain, params, rng_B, given_BxL, segment, carry, record)
-        history.append(tokens)
-    return x_BxL, (jnp.concatenate(history) if record else None)
+    cache = kv_cache.empty(chain.config, x_BxL.shape[0], slots, dtype)
+    if not longest_prompt:
+        return cache
+    return prefill(chain, unstacked(chain.config, params), cache, x_BxL, longest_prompt)
 
 
-def origins(chain: Chain, given_BxL: Array) -> Array:
-    """int32 [B]: where generation starts, behind the tokens given at the front.
-
-    Where settled rows see whole groups, the last group of a prompt may lack tokens: it is generated with the window.
-    """
-    group = 1 if chain.config.inexact_context else chain.config.context_group
-    return jnp.cumprod(given_BxL.astype(jnp.int32), axis=1).sum(1) // group * group
-
-
-def granularity(length: int) -> int:
-    """Cache slots by which a segment of the scan grows: attention runs over little more than the filled part.
-
-    >>> [granularity(length) for length in (100, 512, 1024, 2048)]
-    [64, 64, 128, 256]
-    """
-    return -(-length // (SEGMENTS * SLOTS)) * SLOTS
-
-
-class Segment(NamedTuple):
-    """Steps [first, end) that run over `slots` cache slots."""
-
-    first: int
-    end: int
-    slots: int
-
-
-def _plan(chain: Chain, length: int, longest_prompt: int) -> list[Segment]:
-    """Cuts the steps where the window's start passes a multiple of `granularity` slots."""
-    hs, stride = chain.hs, chain.hs.tau_max if _settles_at_once(chain.hs) else 1
-    grain, segments, first = granularity(length), [], 0
-    while first < hs.num_steps:
-        slots = min((longest_prompt + hs.window(first)[0]) // grain * grain + grain, length)
-        low, high = first + stride, hs.num_steps
-        while low < high:  # the first step whose window starts past the slots, unless they hold whole texts
-            middle = (low + high) // 2
-            past = slots < length and longest_prompt + hs.window(middle)[0] > slots
-            low, high = (low, middle) if past else (middle + 1, high)
-        end = min(hs.num_steps, first + max(1, (low - first) // stride) * stride)
-        segments.append(Segment(first, end, slots))
-        first = end
-    return segments
-
-
-def _settles_at_once(hs: Hyperschedule) -> bool:
-    """Whether the window stands still for tau_max calls, then moves on as a whole."""
-    return hs.kind == "block"
-
-
-def _run(chain, params, rng_B, given_BxL, segment, carry, record):
-    call = functools.partial(_call, chain, params, rng_B, given_BxL, record)
-    steps = jnp.arange(segment.first, segment.end)
-    if not _settles_at_once(chain.hs):
-        return jax.lax.scan(functools.partial(call, settling_rows(chain)), carry, steps)
-
-    def block(carry, steps_P):
-        (x_BxL, cache), first = call(settling_rows(chain), carry, steps_P[0])
-
-        def later(x_BxL, step):  # the cache rests: carried along, XLA would copy it
-            (x_BxL, _), tokens = call(0, (x_BxL, cache), step)
-            return x_BxL, tokens
-
-        x_BxL, rest = jax.lax.scan(later, x_BxL, steps_P[1:])
-        return (x_BxL, cache), (jnp.concatenate([first[None], rest]) if record else None)
-
-    carry, tokens = jax.lax.scan(block, carry, steps.reshape(-1, chain.hs.tau_max))
-    return carry, (tokens.reshape(-1, *tokens.shape[2:]) if record else None)
-
-
-def settling_rows(chain: Chain) -> int:
-    """C, the most rows that one call settles; 0 where the window's one row is its own settled row."""
-    return 0 if lone_row(chain) else _most_settled(chain.hs)
-
-
-def lone_row(chain: Chain) -> bool:
-    """Whether the window is one row of a shifted model: it holds a settled token and enters the cache itself."""
-    return chain.config.prediction == "shifted" and chain.hs.width == 1 and not trailing_row(chain)
-
-
-@functools.cache
-def _most_settled(hs: Hyperschedule) -> int:
-    starts = [hs.window(step)[0] for step in range(hs.num_steps)]
-    return max((b - a for a, b in itertools.pairwise(starts)), default=0)
-
-
-def trailing_row(chain: Chain) -> bool:
-    """Whether the window of a shifted model is followed by the row that holds its last token."""
-    return chain.config.prediction == "shifted" and visibility.trailing_row_matters(chain.hs, chain.schedule)
-
-
-def _call(chain, params, rng_B, given_BxL, record, settling, carry, step):
-    """One call: settled rows enter the cache, the window moves one step."""
-    x_BxL, cache = carry
-    scores, cache = window_logits(chain, params, cache, x_BxL, given_BxL, step, settling)
-    relative_W = chain.hs.window(step)[0] + jnp.arange(chain.hs.width)
-    level_W = chain.hs.level_of(relative_W, step)
-    next_W = chain.hs.level_of(relative_W, step + 1)
-    place_BxW = origins(chain, given_BxL)[:, None] + relative_W[None, :]
-    at = lambda y_BxL: jnp.take_along_axis(y_BxL, place_BxW, 1, mode="clip")
-    inside_BxW = (place_BxW < x_BxL.shape[1]) & (relative_W < chain.hs.window(step)[1])[None, :]
-    alpha_t = jnp.where(at(given_BxL), 1.0, chain.alpha(level_W)[None])
-    alpha_s = jnp.where(inside_BxW & ~at(given_BxL), chain.alpha(next_W)[None], alpha_t)
-    z_BxW = _reverse(chain, rng_B, step, at(x_BxL), scores, alpha_t, alpha_s)
-    place_BxW = jnp.where(inside_BxW, place_BxW, x_BxL.shape[1])
-    x_BxL = x_BxL.at[jnp.arange(x_BxL.shape[0])[:, None], place_BxW].set(z_BxW, mode="drop")
-    return (x_BxL, cache), (x_BxL if record else None)
-
-
-def window_logits(
+def advance_cached(
     chain: Chain,
     params: dict,
-    cache: kv_cache.Cache,
-    x_BxL: Array,
+    rng_B: Array,
     given_BxL: Array,
-    step: Array,
-    settling: int,
-) -> tuple[Array, kv_cache.Cache]:
-    """Feeds `settling` rows before the window and the window; returns its scores [B, W, V] and the cache.
+    frames: int,
+    carry: tuple[State, kv_cache.Cache],
+    steps: Array,
+    nested: bool = True,
+) -> tuple[State, kv_cache.Cache]:
+    """`cached` from one state and cache on, over successive steps.
 
-    Row layout: C settling rows, W window rows, one trailing row where it matters. Rows before position
-    0, past the text or past the window see only themselves.
+    Args:
+      nested: where windows stand still for tau_max calls, only the first of them feeds settled rows; `steps` then
+        begin with such a call and end before another.
     """
-    config, hs, origin_B = chain.config, chain.hs, origins(chain, given_BxL)
-    start, stop = hs.window(step)
-    W, trailing = hs.width, trailing_row(chain)
-    offset_R = jnp.arange(-settling, W + trailing)
-    relative_R = start + offset_R
-    row_BxR = origin_B[:, None] + relative_R[None, :]
-    end_B = jnp.minimum(stop + origin_B, x_BxL.shape[1]) + trailing
-    live_BxR = (row_BxR >= 0) & (row_BxR < end_B[:, None])
-    shift = config.prediction == "shifted"
-    held = lambda y_BxL: jnp.take_along_axis(y_BxL, row_BxR - shift, 1, mode="clip")
-    held_BxR = held(x_BxL)
-    if shift:
-        held_BxR = jnp.where(row_BxR == 0, config.bos_id, held_BxR)
-    window_R = offset_R >= 0
-    alpha_BxR = jnp.where(held(given_BxL), 1.0, chain.alpha(hs.level_of(relative_R - shift, step))[None])
-    settled = visibility.settled_sees(relative_R[:, None], relative_R[None, :], config.context_group)
-    sees_RxR = jnp.where(window_R[:, None], True, settled)
-    own_RxR = offset_R[:, None] == offset_R[None, :]
-    visible = (live_BxR[:, :, None] & live_BxR[:, None, :] & sees_RxR[None]) | own_RxR[None]
-    slot_S = jnp.arange(kv_cache.num_slots(cache))
-    filled_B = origin_B + start - settling
-    past = visibility.active_sees_settled(filled_B[:, None, None], slot_S[None, None, :])
-    hidden, new = forward(
-        config,
-        params,
-        held_BxR,
-        layouts.row_positions(config, row_BxR),
-        cached_attention(past, visible),
-        sigma_BxR=chain.sigma(alpha_BxR),
-        rotary=rotary_rows(config, params, x_BxL.shape[1], layouts.row_positions(config, row_BxR)),
-        past=cache,
-        return_kv=True,
-    )
-    entering = 1 if lone_row(chain) else settling
-    if entering:
-        rows = jax.tree.map(lambda x: x[:, :, :entering], new)
-        cache = kv_cache.write(cache, rows, row_BxR[:, :entering], after_B=hidden[:, 0, 0])
-    return logits(config, params, hidden[:, settling : settling + W]), cache
+    params = unstacked(chain.config, params)
+
+    def call(settling: int, carry, step: Array):
+        state, cache = carry
+        scores, cache = window_logits(chain, params, cache, state.x, given_BxL, step, settling)
+        index_BxW, move = _window_move(chain, given_BxL, step)
+        return _moved(chain, rng_B, step, state, scores, index_BxW, move), cache
+
+    finished = _idle(chain, given_BxL, skips=False)
+
+    def settle(carry, step: Array):
+        """A call whose first rows enter the cache, so that it must not be left out while a text goes on."""
+        enter = functools.partial(call, settling_rows(chain))
+        state, cache = _unless(finished, carry[0], enter, carry, step)
+        return (_recorded(chain, frames, step, state), cache), None
+
+    P = chain.hs.tau_max
+    if not (nested and settles_at_once(chain.hs)):
+        return jax.lax.scan(settle, carry, steps)[0]
+
+    idle = _idle(chain, given_BxL, chain.rule.skips)
+
+    def block(carry, steps_P: Array):
+        (state, cache), _ = settle(carry, steps_P[0])
+
+        def later(state: State, step: Array):  # the cache rests: carried along, XLA would copy it
+            once = lambda state, step: call(0, (state, cache), step)[0]
+            return _recorded(chain, frames, step, _unless(idle, state, once, state, step)), None
+
+        return (jax.lax.scan(later, state, steps_P[1:])[0], cache), None
+
+    return jax.lax.scan(block, carry, steps.reshape(-1, P))[0]
 
 
-def _prefill(chain, params, cache, x_BxL, longest_prompt):
-    """Settles the prompts in one pass; slots past a shorter prompt are rewritten before they are seen."""
-    config = chain.config
-    row_P = jnp.arange(longest_prompt)
-    tokens = layouts.held(config, x_BxL, longest_prompt, config.bos_id)
-    positions = jnp.broadcast_to(layouts.row_positions(config, row_P)[None], tokens.shape)
-    settled = visibility.settled_sees(row_P[:, None], row_P[None, :], config.context_group)[None]
-    clean = chain.sigma(jnp.ones(tokens.shape, params["embedding"].dtype))
-    _, rows = forward(config, params, tokens, positions, dense(settled), sigma_BxR=clean, return_kv=True)
-    cache = kv_cache.grow(cache, max(kv_cache.num_slots(cache), longest_prompt))
-    return kv_cache.write(cache, rows, jnp.broadcast_to(row_P[None], tokens.shape))
+def _window_move(chain: Chain, given_BxL: Array, step: Array) -> tuple[Array, Move]:
+    """Positions of the window's rows [B, W] (those past the text are L or more), and how this call moves them."""
+    start, stop = chain.hs.window(step)
+    relative_W = start + jnp.arange(chain.hs.width)
+    level_W, next_W = chain.hs.level_of(relative_W, step), chain.hs.level_of(relative_W, step + 1)
+    index_BxW = origins(chain, given_BxL)[:, None] + relative_W[None, :]
+    given_BxW = _at(given_BxL, index_BxW)
+    inside_BxW = (index_BxW < given_BxL.shape[1]) & (relative_W < stop)[None, :]
+    alpha_t = jnp.where(given_BxW, 1.0, chain.alpha(level_W)[None])
+    alpha_s = jnp.where(inside_BxW & ~given_BxW, chain.alpha(next_W)[None], alpha_t)
+    return index_BxW, Move(alpha_t, alpha_s, inside_BxW & ~given_BxW & (next_W < level_W)[None])
 
 
-def _reverse(chain, rng_B, step, z_BxW, scores_BxWxV, alpha_t_BxW, alpha_s_BxW):
-    """One reverse step with a key per text, so that a text is the same alone and in any batch."""
-    one = lambda rng, *row: chain.reverse.step(jax.random.fold_in(rng, step), *row)
-    return jax.vmap(one)(rng_B, z_BxW, chain.shape_logits(scores_BxWxV), alpha_t_BxW, alpha_s_BxW)
+def _moved(
+    chain: Chain, rng_B: Array, step: Array, state: State, scores_BxWxV: Array, index_BxW: Array, move: Move
+) -> State:
+    """One call's move, with a key per text, so that a text is the same alone and in any batch."""
+    shaped_BxWxV = chain.shape_logits(scores_BxWxV, state.x)
+    one = lambda rng, *row: chain.rule.step(jax.random.fold_in(rng, step), *row)
+    memory_BxW = None if state.memory is None else _at(state.memory, index_BxW)
+    z_BxW, memory_BxW = jax.vmap(one)(rng_B, _at(state.x, index_BxW), shaped_BxWxV, move, memory_BxW)
+    put = functools.partial(_put, index_BxW=jnp.where(move.changes, index_BxW, state.x.shape[1]))
+    state = state._replace(x=put(state.x, z_BxW), calls=state.calls + 1)
+    if memory_BxW is not None:
+        state = state._replace(memory=put(state.memory, memory_BxW))
+    if state.confidence is not None:
+        state = state._replace(confidence=put(state.confidence, _confidence(chain, scores_BxWxV, z_BxW)))
+    return state
+
+
+def _at(y_BxL: Array, index_BxW: Array) -> Array:
+    return jnp.take_along_axis(y_BxL, index_BxW, 1, mode="clip")
+
+
+def _put(y_BxL: Array, new_BxW: Array, index_BxW: Array) -> Array:
+    """`y` with new values at some positions; those at L or more are dropped."""
+    return y_BxL.at[jnp.arange(y_BxL.shape[0])[:, None], index_BxW].set(new_BxW.astype(y_BxL.dtype), mode="drop")
+
+
+def _confidence(chain: Chain, scores_BxWxV: Array, z_BxW: Array) -> Array:
+    """The network's probability of the tokens, of the likeliest one at masks."""
+    p_BxWxN = jax.nn.softmax(scores_BxWxV[..., : chain.process.num_tokens].astype(jnp.float32), -1)
+    own_BxW = jnp.take_along_axis(p_BxWxN, z_BxW[..., None], -1, mode="clip")[..., 0]
+    return jnp.where(z_BxW == chain.process.mask, p_BxWxN.max(-1), own_BxW)
+
+
+def _recorded(chain: Chain, frames: int, step: Array, state: State) -> State:
+    """The state with its frame of this step; the last call of a stride is what stays."""
+    if not frames:
+        return state
+    index = step // _stride(chain.hs.num_steps, frames) + 1
+    new = Frames(state.x, state.confidence)
+    return state._replace(frames=jax.tree.map(lambda kept, y: kept.at[index].set(y), state.frames, new))
+
+
+# ---- calls that can be left out
+
+
+def _unless(idle: Callable | None, state: State, call: Callable, carry: Any, step: Array) -> Any:
+    """The carry after a call; as it was where that would have nothing to do."""
+    if idle is None:
+        return call(carry, step)
+    return jax.lax.cond(idle(state, step), lambda carry, step: carry, call, carry, step)
+
+
+def _idle(chain: Chain, given_BxL: Array, skips: bool) -> Callable[[State, Array], Array] | None:
+    """(state, step) -> whether the call has nothing to do; None where every call has.
+
+    All texts hold a settled end, or, with `skips`, the rule fills masks only and finds none that may change.
+    """
+    if chain.end is None and not skips:
+        return None
+
+    def level_BxL(step: Array) -> Array:
+        relative_BxL = jnp.arange(given_BxL.shape[1])[None, :] - origins(chain, given_BxL)[:, None]
+        level_BxL = chain.hs.level_of(jnp.maximum(relative_BxL, 0), step)
+        return jnp.where(given_BxL | (relative_BxL < 0), 0, level_BxL)
+
+    def idle(state: State, step: Array) -> Array:
+        now_BxL, nothing = level_BxL(step), jnp.bool_(False)
+        if chain.end is not None:
+            nothing |= ((now_BxL == 0) & ~given_BxL & (state.x == chain.end)).any(1).all()
+        if skips:
+            nothing |= ~((state.x == chain.process.mask) & (level_BxL(step + 1) < now_BxL)).any()
+        return nothing
+
+    return idle

@@ -30,7 +30,8 @@ from ml_collections import ConfigDict
 from hdlm_jax.diffusion.noise_schedules import sigma_range
 from hdlm_jax.diffusion.phases import Phase
 from hdlm_jax.errors import UserError
-from hdlm_jax.generation import loop, sampling
+from hdlm_jax.generation import sampling
+from hdlm_jax.generation.chain import Chain, trailing_row
 from hdlm_jax.models import layouts
 from hdlm_jax.models.parts import Parts
 from hdlm_jax.models.transformer import forward, logits
@@ -141,14 +142,14 @@ def exported(function: Function, weights: Mapping[str, Argument], length: int) -
     return call(params, *(abstract(x) for x in function.arguments.values()))
 
 
-def _denoise(chain: loop.Chain, names: tuple[str, ...], flat_params: dict, *arguments: Array) -> Array:
+def _denoise(chain: Chain, names: tuple[str, ...], flat_params: dict, *arguments: Array) -> Array:
     given = dict(zip(names, arguments, strict=True))
     model, tokens_BxL = chain.config, given["tokens"]
     B, L = tokens_BxL.shape
     one, edge = jnp.ones((B, L)), jnp.zeros((B, L), jnp.int32)
     start, stop = (edge + x[:, None] for x in (given.get("start", edge[:, 0]), given.get("stop", edge[:, 0] + L)))
     phase = Phase(one, one, one, one, start, stop, one)
-    rows = layouts.plain(model, tokens_BxL, phase, loop.trailing_row(chain))
+    rows = layouts.plain(model, tokens_BxL, phase, trailing_row(chain))
     sigma_BxR = None
     if model.conditioning:
         low, high = sigma_range(chain.schedule)
@@ -158,9 +159,10 @@ def _denoise(chain: loop.Chain, names: tuple[str, ...], flat_params: dict, *argu
     return logits(model, params, hidden[:, :L])
 
 
-def _sample(chain: loop.Chain, flat_params: dict, tokens_BxL: Array, given_BxL: Array, seed: Array) -> Array:
+def _sample(chain: Chain, flat_params: dict, tokens_BxL: Array, given_BxL: Array, seed: Array) -> Array:
     params = unflatten_dict(flat_params, sep=".")
-    return sampling.complete(chain, params, tokens_BxL, given_BxL, tokens_BxL.shape[1] - 1, seed)[0]
+    B, L = tokens_BxL.shape
+    return sampling.complete(chain, params, tokens_BxL, given_BxL, L - 1, sampling.keys(seed, B)).x
 
 
 def _description(function: Function, weights: Mapping[str, Argument]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def sampler(config: ConfigDict, mesh: Mesh, num_tokens: int) -> Program:
         jax.ShapeDtypeStruct((count, length), dtype, sharding=sharding.batch_sharding(mesh))
         for dtype in (jnp.int32, bool)
     )
-    function = lambda params, texts, given: sampling.complete(chain, params, texts, given, 0, 0)[0]
+    function = lambda params, texts, given: sampling.complete(chain, params, texts, given, 0, sampling.keys(0, count)).x
     work = flops.count(function, params, texts, given)
     held = {"params": params, "texts": texts}
     return Program(function, (params, texts, given), None, (), held, work, work, count * length, parts)

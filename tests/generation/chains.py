@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hdlm_jax.diffusion import noise_schedules, noising, reverse
-from hdlm_jax.diffusion.categorical import filter_logits
-from hdlm_jax.generation import loop, sampling
+from hdlm_jax.diffusion.rules import Rule, positionwise
+from hdlm_jax.generation import loop, network, sampling
+from hdlm_jax.generation.chain import Chain, origins, settling_rows
+from hdlm_jax.generation.shaping import Shaping, shaper
 from hdlm_jax.models import cache as kv_cache
 from hdlm_jax.models.transformer import TransformerConfig, init, unstacked
 
@@ -33,13 +35,14 @@ def chain_of(hs, prediction="aligned", *, conditioning=0, schedule=None, process
         interpolation=0.3 if conditioning else 0.0,
     )
     sampler = sampler or reverse.acs(EPSILON_HYBRID, 0.5)
-    return loop.Chain(config, hs, schedule or noise_schedules.linear(), process, sampler)
+    rule = sampler if isinstance(sampler, Rule) else positionwise(sampler)
+    return Chain(config, hs, schedule or noise_schedules.linear(), process, rule)
 
 
 def greedy_absorb(hs, prediction, **model):
     """Nothing is left to chance where every step is its position's last."""
     chain = chain_of(hs, prediction, process=ABSORB, sampler=reverse.ancestral(ABSORB), **model)
-    return chain._replace(shape_logits=functools.partial(filter_logits, temperature=0.0))
+    return chain._replace(shape_logits=shaper(Shaping(temperature=0.0), N))
 
 
 def random_params(config, dtype=jnp.float32):
@@ -90,28 +93,34 @@ def keys(count, seed=3):
 
 def generate(chain, params, origins=ORIGINS, rows=slice(None), cached=True, **options):
     """Finished tokens [B, L] and tokens after every step [T, B, L] of some rows of a batch of prompts."""
+    state = generated(chain, params, origins, rows, cached, **options)
+    return np.asarray(state.x), np.asarray(state.frames.tokens[1:])
+
+
+def generated(chain, params, origins=ORIGINS, rows=slice(None), cached=True, **options):
+    """The last state of a generation whose every call is a frame."""
     if cached:
         options["longest_prompt"] = max(origins[rows])
-    run = functools.partial(loop.cached if cached else loop.recomputed, chain, record=True, **options)
+    run = functools.partial(loop.cached if cached else loop.recomputed, chain, frames=chain.hs.num_steps, **options)
     inputs = (keys(len(origins)), prior_texts(chain.process, origins), given(origins))
-    return [np.asarray(x) for x in jit(run)(params, *(x[rows] for x in inputs))]
+    return jit(run)(params, *(x[rows] for x in inputs))
 
 
-def score_every_step(chain, params, x_TxBxL, origins=ORIGINS, dtype=None):
+def score_every_step(chain, params, x_TxBxL, starts=ORIGINS, dtype=None):
     """Scores of every call's window, cached and recomputed [T, B, W, N], and which rows count [T, B, W]."""
-    hs, given_BxL, settling = chain.hs, given(origins), loop.settling_rows(chain)
-    origin_B = loop.origins(chain, given_BxL)
+    hs, given_BxL, settling = chain.hs, given(starts), settling_rows(chain)
+    origin_B = origins(chain, given_BxL)
 
     def run(params, x_TxBxL):
         per_block = unstacked(chain.config, params)
-        cache = kv_cache.empty(chain.config, len(origins), L, dtype or params["embedding"].dtype)
-        if max(origins):
-            cache = loop._prefill(chain, per_block, cache, x_TxBxL[0], max(origins))
+        cache = kv_cache.empty(chain.config, len(starts), L, dtype or params["embedding"].dtype)
+        if max(starts):
+            cache = network.prefill(chain, per_block, cache, x_TxBxL[0], max(starts))
 
         def body(cache, inputs):
             step, x_BxL = inputs
-            fast, cache = loop.window_logits(chain, per_block, cache, x_BxL, given_BxL, step, settling)
-            _, slow = loop.recomputed_logits(chain, params, x_BxL, given_BxL, step)
+            fast, cache = network.window_logits(chain, per_block, cache, x_BxL, given_BxL, step, settling)
+            _, slow = network.recomputed_logits(chain, params, x_BxL, given_BxL, step)
             relative_W = hs.window(step)[0] + jnp.arange(hs.width)
             place_BxW = origin_B[:, None] + relative_W[None]
             counts = (place_BxW < L) & (relative_W < hs.window(step)[1])[None]

@@ -10,7 +10,9 @@ from scipy.stats import chisquare
 
 from hdlm_jax.diffusion import hyperschedules, noise_schedules, noising, reverse
 from hdlm_jax.diffusion.hyperschedules import block, block_slide, flat, quenched, slide
-from hdlm_jax.generation import loop
+from hdlm_jax.diffusion.rules import Move
+from hdlm_jax.generation import loop, network, segments
+from hdlm_jax.generation.chain import trailing_row
 from hdlm_jax.models import cache as kv_cache
 from hdlm_jax.models.attention import KV
 from tests.generation.chains import (
@@ -84,12 +86,14 @@ def drawn_by_hand(chain, x_TxBxL, scores_TxBxWxN, counts_TxBxW):
     place_TxBxW = np.array(ORIGINS)[None, :, None] + start_T[:, None, None] + np.arange(chain.hs.width)[None, None]
     at = lambda x_TxBxL: np.take_along_axis(x_TxBxL, np.minimum(place_TxBxW, L - 1), 2)
     alpha = np.asarray(chain.alpha(jnp.arange(chain.hs.tau_max + 1)))
-    columns = (at(x_TxBxL), scores_TxBxWxN, alpha[at(level_TxBxL[:-1])], alpha[at(level_TxBxL[1:])])
+    levels = at(level_TxBxL[:-1]), at(level_TxBxL[1:])
+    move = Move(alpha[levels[0]], alpha[levels[1]], levels[1] < levels[0])
+    columns = (at(x_TxBxL), scores_TxBxWxN, move)
 
     def one(rng, step, *row):
-        return chain.reverse.step(jax.random.fold_in(rng, step), *row)
+        return chain.rule.step(jax.random.fold_in(rng, step), *row, None)[0]
 
-    steps = jax.vmap(jax.vmap(one, (0, None, 0, 0, 0, 0)), (None, 0, 0, 0, 0, 0))
+    steps = jax.vmap(jax.vmap(one, (0, None, 0, 0, 0)), (None, 0, 0, 0, 0))
     z_TxBxW = np.asarray(jit(steps)(keys(len(ORIGINS)), jnp.arange(T), *columns))
     after_TxBxL = np.array(x_TxBxL)
     for t, b, w in np.argwhere(counts_TxBxW):
@@ -145,14 +149,14 @@ def test_cached_scores_are_recomputed_scores_everywhere(kind, prediction):
         plain = chain_of(hs, prediction)
         conditioned = chain_of(hs, prediction, conditioning=8)
         cases = [(plain, (11, 1, 0, 5)), (conditioned, ORIGINS)]
-        if prediction == "shifted" and not loop.trailing_row(plain):
+        if prediction == "shifted" and not trailing_row(plain):
             cases.append((chain_of(hs, prediction, schedule=KEEPS_SOME), ORIGINS))
         if i == 0:
             cases.append((conditioned, (0, 0)))
         for chain, origins in cases:
             with jax.enable_x64():
                 params = random_params(chain.config, jnp.float64)
-                assert_scores_agree(chain, params, noised_texts(hs, origins), 1e-11, origins=origins)
+                assert_scores_agree(chain, params, noised_texts(hs, origins), 1e-11, starts=origins)
 
 
 # ---- long texts
@@ -160,8 +164,8 @@ def test_cached_scores_are_recomputed_scores_everywhere(kind, prediction):
 
 @pytest.mark.parametrize("name", ["block"])
 def test_several_segments_give_the_tokens_of_one(name, monkeypatch):
-    monkeypatch.setattr(loop, "SLOTS", 1)
-    assert len(loop._plan(RUNS[name], L, max(ORIGINS))) > 1
+    monkeypatch.setattr(segments, "SLOTS", 1)
+    assert len(segments.plan(RUNS[name].hs, L, max(ORIGINS))) > 1
     with jax.enable_x64():
         _, history = generate(RUNS[name], random_params(RUNS[name].config, jnp.float64))
     np.testing.assert_array_equal(history, run_of(name)[1:])
@@ -180,11 +184,11 @@ def test_several_segments_give_the_tokens_of_one_for_the_others(name, monkeypatc
     ids=str,
 )
 def test_segments_follow_each_other_and_their_cache_holds_what_has_settled(hs, longest_prompt):
-    plan = loop._plan(chain_of(hs), hs.length, longest_prompt)
+    plan = segments.plan(hs, hs.length, longest_prompt)
     assert [plan[0].first, *(segment.end for segment in plan)] == [s.first for s in plan] + [hs.num_steps]
     for segment in plan:
         filled = [min(longest_prompt + hs.window(step)[0], hs.length) for step in range(segment.first, segment.end)]
-        grain = loop.granularity(hs.length)
+        grain = segments.granularity(hs.length)
         assert max(filled) <= segment.slots <= min(max(filled) // grain * grain + grain, hs.length)
         assert hs.kind != "block" or segment.first % hs.tau_max == 0
     slots = [segment.slots for segment in plan]
@@ -329,8 +333,10 @@ def know_the_truth(monkeypatch, table, visibility):
         return table[jnp.where(first, 0, 1), other, tokens_BxR], (KV(rows, rows),) * config.blocks
 
     pad = ((0, 0), (0, 0), (0, 1))
-    monkeypatch.setattr(loop, "forward", forward)
-    monkeypatch.setattr(loop, "logits", lambda config, params, scores: jnp.pad(scores, pad, constant_values=-jnp.inf))
+    monkeypatch.setattr(network, "forward", forward)
+    monkeypatch.setattr(
+        network, "logits", lambda config, params, scores: jnp.pad(scores, pad, constant_values=-jnp.inf)
+    )
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
@@ -356,6 +362,6 @@ def assert_follows_the_data_law(visibility, hs, epsilon, epsilon_of_other, eta, 
     chain = chain_of(hs, process=process, sampler=reverse.acs(process, eta), visibility=visibility, blocks=1)
     run = functools.partial(loop.cached, longest_prompt=0) if visibility == "prefix" else loop.recomputed
     inputs = (keys(texts), jnp.full((texts, 2), process.mask), jnp.zeros((texts, 2), bool))
-    done, _ = jax.jit(functools.partial(run, chain))(random_params(chain.config), *inputs)
+    done = jax.jit(functools.partial(run, chain))(random_params(chain.config), *inputs).x
     counts = np.bincount(np.asarray(done) @ [3, 1], minlength=9)
     assert chisquare(counts, PAIRS.ravel() * texts).pvalue > 0.01

@@ -91,7 +91,7 @@ def test_what_a_model_cannot_sample_is_refused_by_name(overrides, hs, field):
 def test_what_it_can_sample_is_not(overrides):
     parts, sampler = experiment(**overrides)
     chain = sampling.chain(parts, hyperschedules.block(L, 3, 1), sampler)
-    assert chain.reverse.name == overrides.get("sampler__kind", "acs")
+    assert chain.rule.name == overrides.get("sampler__kind", "acs")
 
 
 def test_generation_starts_from_what_the_noise_schedule_leaves_of_a_text():
@@ -100,7 +100,7 @@ def test_generation_starts_from_what_the_noise_schedule_leaves_of_a_text():
     parts, sampler = experiment(**half, sampler__kind="ancestral")
     chain = sampling.chain(parts, hyperschedules.quenched(L), sampler)
     out = sampling.draw(chain, init(parts.model, jax.random.key(0)), TOKENIZER, [""] * 100, L, record=True)
-    start = out.trajectory[0][:, 1:]
+    start = out.trajectory.tokens[1][:, 1:]
     assert abs((start == MASK).mean() - 0.5) < 4 * 0.5 / math.sqrt(start.size)
     tokens = start[start < MASK]
     assert abs(tokens.mean() - (MASK - 1) / 2) < 4 * MASK / math.sqrt(12 * tokens.size)

@@ -21,7 +21,8 @@ from scipy import stats
 from hdlm_jax import config as configs
 from hdlm_jax import lm
 from hdlm_jax.data import tokenizers
-from hdlm_jax.generation import loop, sampling
+from hdlm_jax.generation import network, sampling
+from hdlm_jax.generation.chain import trailing_row
 from hdlm_jax.models import parts as builders
 from tests.generation.chains import random_params
 
@@ -80,7 +81,7 @@ def inputs_of(name, model):
     inputs = {"tokens": rng.integers(0, net.vocabulary, (3, net.length))}
     chain = chain_of(model)
     for step in {0, hs.num_steps // 2, hs.num_steps - 1}:
-        inputs[f"window_{step}"] = np.array([*hs.window(step), loop.trailing_row(chain)], np.int64)
+        inputs[f"window_{step}"] = np.array([*hs.window(step), trailing_row(chain)], np.int64)
         if net.conditioning:
             levels = jnp.broadcast_to(chain.sigma(chain.alpha(hs.levels_at(step)))[None], (3, net.length))
             inputs |= {"sigma": rng.uniform(0, 6, (3, net.length)).astype(np.float32)}
@@ -131,7 +132,7 @@ def test_scores_of_windows_agree(runs, name):
     chain, N = chain_of(model), model.parts.model.num_tokens
     tokens = jnp.asarray(inputs["tokens"], jnp.int32)
     given = jnp.zeros(tokens.shape, bool)
-    scores = jax.jit(loop.recomputed_logits, static_argnums=0)
+    scores = jax.jit(network.recomputed_logits, static_argnums=0)
     for key in (key for key in inputs if key.startswith("window")):
         start, stop, _ = inputs[key]
         _, ours = scores(chain, model.params, tokens, given, jnp.array(int(key.split("_")[1])))
