@@ -1,13 +1,17 @@
 """The discrete negative ELBO against the oracle, the enumerated model likelihood, and its limits."""
 
+import itertools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import softmax
 
-from hdlm_jax.diffusion import hyperschedules, likelihood, noise_schedules, noising
+from hdlm_jax.diffusion import hyperschedules, likelihood, losses, noise_schedules, noising, phases, reverse
 from hdlm_jax.diffusion.likelihood import ReverseChain
+from hdlm_jax.diffusion.phases import Phase
 from hdlm_jax.errors import UserError
 from tests.oracle import hdlm_oracle as oracle
 
@@ -198,3 +202,109 @@ def test_texts_of_another_length_or_too_many_are_refused(timeless):
     long = chain_of("absorb", hyperschedules.quenched(20), LINEAR)
     with pytest.raises(UserError, match=r"text: got '20 tokens'; allowed: at most 1,048,576 noised texts .* 3 \*\* 20"):
         likelihood.nelbo(long, timeless[1], jnp.zeros(20, jnp.int32))
+
+
+# ---- every process under every hyperschedule: 3 tokens, 3 positions, everything enumerated
+
+EVERY_PROCESS = {
+    "absorb": noising.absorb(3),
+    "uniform": noising.uniform(3),
+    "gamma": noising.gamma_hybrid(3, 0.3),
+    "epsilon": noising.epsilon_hybrid(3, 0.3),
+    "gidd": noising.gidd(3, 0.3),
+    "band": noising.d3pm_band(3, 1),
+    "nearest": noising.d3pm_nearest(3),
+}
+EVERY_ORDER = {
+    "quenched": hyperschedules.quenched(L),
+    "flat": hyperschedules.flat(L, 2),
+    "block": hyperschedules.block(L, 2, 1),
+    "slide": hyperschedules.slide(L, 2, 1),
+    "slow slide": hyperschedules.slide(L, 2, "1/2"),
+    "block_slide": hyperschedules.block_slide(L, 2, 2, 1),
+    "line": hyperschedules.ar_diffusion(L, 7),
+    "table": hyperschedules.from_levels(TABLE),
+}
+STEPS = 10  # each order is filled up with steps in which no level falls: one compiled program serves all
+
+
+def filled_up(process, hs, schedule):
+    """Levels and survivals [STEPS + 1, L]."""
+    levels = np.pad(np.asarray(hs.levels), ((0, STEPS - hs.num_steps), (0, 0)))
+    return levels, phases.survival(jnp.asarray(levels), hs.tau_max, schedule, process.alpha_max)
+
+
+def as_chain(process, levels, alphas):
+    hs = SimpleNamespace(length=L, num_steps=STEPS, levels_at=lambda step: levels[step])
+    return SimpleNamespace(hs=hs, process=process, reading=process.reading, alpha=lambda step: alphas[step])
+
+
+def law_of_texts(process, kernel, alphas, raw):
+    """[V, V, V]: the law of the finished text, by pushing that of z through the kernels of every step."""
+    zt_ZxL = jnp.asarray(np.indices((process.num_states,) * L).reshape(L, -1).T)
+    of_position = jax.vmap(lambda alpha: jax.vmap(process.marginal, (0, None))(jnp.arange(3), alpha).mean(0))
+    tables = jax.vmap(jax.vmap(kernel, (0, 0, 0, 0)), (0, 0, None, None))
+
+    def one(law_VxVxV, step):
+        alpha_t, alpha_s = alphas[step], alphas[step + 1]
+        moved = tables(zt_ZxL, raw[step], alpha_t, alpha_s)
+        moved = jnp.where((alpha_s > alpha_t)[None, :, None], moved, jax.nn.one_hot(zt_ZxL, process.num_states))
+        return jnp.einsum("z,za,zb,zc->abc", law_VxVxV.ravel(), moved[:, 0], moved[:, 1], moved[:, 2]), None
+
+    first = jnp.einsum("a,b,c->abc", *of_position(alphas[0]))
+    return jax.lax.scan(one, first, jnp.arange(STEPS))[0]
+
+
+def corrected_nelbo(chain, eta, levels, raw, x0_L):
+    """The bound of the chain that corrects, from the terms that evaluation sums."""
+    process, zt_ZxL = chain.process, jnp.asarray(np.indices((chain.process.num_states,) * L).reshape(L, -1).T)
+    loss, Z = losses.acs_bound(process, eta, process.reading), len(zt_ZxL)
+
+    def at(step):
+        alpha_t, alpha_s, falls = chain.alpha(step), chain.alpha(step + 1), levels[step + 1] < levels[step]
+        weight = jnp.where(falls, (alpha_s - alpha_t) / jnp.where(falls, 1 - alpha_t, 1), 0.0)
+        fields = alpha_t, alpha_s, weight, falls & (levels[step + 1] == 0), 0 * alpha_t, 0 * alpha_t, falls
+        phase = Phase(*(jnp.tile(jnp.asarray(x, float), Z) for x in fields))
+        scores = jnp.pad(jnp.log(raw[step].reshape(Z * L, 3)), ((0, 0), (0, 1)), constant_values=-jnp.inf)
+        nats = sum(loss.terms(scores, jnp.tile(x0_L, Z), zt_ZxL.ravel(), phase).values()).reshape(Z, L).sum(1)
+        law_LxV = jax.vmap(process.marginal)(x0_L, alpha_t)
+        chance_Z = jnp.take_along_axis(law_LxV[None], zt_ZxL[..., None], -1)[..., 0].prod(1)
+        return jnp.where(chance_Z > 0, chance_Z * nats, 0.0).sum()
+
+    return jax.lax.map(at, jnp.arange(STEPS)).sum() + likelihood.prior_terms(chain, x0_L).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "eta"), [*((name, None) for name in EVERY_PROCESS), ("epsilon", 0.5), ("epsilon", 1.0)]
+)
+def test_no_bound_is_ever_violated(name, eta):
+    """Random networks: -log p(x) of the texts that are drawn is below the bound, for every x and hyperschedule.
+
+    Masks give one position at a time nothing to lose: there the bound is the likelihood.
+    """
+    process = EVERY_PROCESS[name]
+    V, texts = process.num_states, np.indices((3,) * L).reshape(L, -1).T
+    kernel = lambda z, p, alpha_t, alpha_s: process.reverse(z, p, alpha_t, alpha_s, process.reading)
+    kernel = kernel if eta is None else reverse.acs(process, eta, process.reading).kernel
+
+    @jax.jit
+    def both(levels, alphas, raw):
+        chain = as_chain(process, levels, alphas)
+        denoiser = lambda step, zt_BxL: raw[step][(zt_BxL * V ** jnp.arange(L - 1, -1, -1)[None]).sum(-1)]
+        if eta is None:
+            of_text = lambda x0_L: likelihood.nelbo(chain, denoiser, x0_L).total.sum()
+        else:
+            of_text = lambda x0_L: corrected_nelbo(chain, eta, levels, raw, x0_L)
+        return jax.lax.map(of_text, jnp.asarray(texts)), law_of_texts(process, kernel, alphas, raw)
+
+    rng = np.random.default_rng(9)
+    with jax.enable_x64(True):
+        for (order, hs), schedule in itertools.product(EVERY_ORDER.items(), (LINEAR, GEOMETRIC)):
+            raw = jnp.asarray(rng.dirichlet(np.ones(3), (STEPS, V**L, L)))
+            nelbo, law = (np.asarray(x) for x in both(*filled_up(process, hs, schedule), raw))
+            np.testing.assert_allclose(law[:3, :3, :3].sum(), 1, atol=1e-9, err_msg=order)
+            gap = nelbo + np.log(law[tuple(texts.T)])
+            assert (gap >= -1e-9).all() and gap.max() < 50, (order, schedule.name, gap.min(), gap.max())
+            exact = process.mask is not None and order == "quenched" and schedule is LINEAR
+            assert (gap.max() < 1e-9) == exact, (order, schedule.name, gap.max())

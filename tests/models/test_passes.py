@@ -197,6 +197,32 @@ def test_the_loss_and_its_gradient_by_chunks_are_those_of_the_terms(rows_per_chu
         np.testing.assert_allclose(ours, 3 * theirs, atol=2e-5 * max(1, np.abs(theirs).max()))
 
 
+def arrays(jaxpr):
+    """Every array of a program, those of the programs inside it too."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            yield from arrays(inner) if hasattr(inner, "eqns") else ()
+
+
+@pytest.mark.parametrize("kind", ["score_entropy", "published_score_entropy", "nelbo", "hybrid_cross_entropy"])
+def test_no_array_of_a_training_step_holds_the_scores_of_all_rows(kind):
+    """Neither B L V numbers nor V V: scores of one chunk are the largest."""
+    B, L, chunk, N = 4, 16, 8, 3000
+    process = EPSILON if kind == "hybrid_cross_entropy" else GAMMA
+    changed = {"loss__kind": kind, "loss__rows_per_chunk": chunk, "model__conditioning": 8, "noise_schedule__eps": 5e-3}
+    made = tiny.build(N, L, **(process | changed))
+    params = tiny.random_params(made.model)
+
+    def loss(params, rng, x0_BxL):
+        return passes.mean_loss(made, params, x0_BxL, passes.noise(made, rng, x0_BxL), None)[0]
+
+    step = jax.make_jaxpr(jax.value_and_grad(loss))(params, jax.random.key(0), jnp.zeros((B, L), jnp.int32))
+    sizes = [np.prod(array.shape) for array in arrays(step.jaxpr) if jnp.issubdtype(array.dtype, jnp.floating)]
+    assert chunk * N < max(sizes) < 2 * chunk * N < B * L * N, max(sizes)
+
+
 def test_training_may_start_texts_anywhere_and_evaluation_starts_at_0():
     """Origins are 0 with the chance asked for, else uniform; levels follow the range in training only.
 
