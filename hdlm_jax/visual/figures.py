@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, Normalize
+from matplotlib.colors import BoundaryNorm, LightSource, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -26,6 +26,7 @@ COLORS = ["#2f5f9e", "#d9632c", "#4d9078", "#8a5a9e", "#b8902f"]
 DARK = "#3d3d3d"
 _MAX_STEPS = 2048  # steps drawn; a longer schedule is sampled evenly, still finer than the pixels
 _MAX_BARS = 48  # steps, and positions, drawn as bars
+_LIGHT = LightSource(azdeg=200, altdeg=55)
 _MAX_BANDS = 12  # up to this many levels get a colour and a tick each
 _SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -71,19 +72,23 @@ def _heat(hs: Hyperschedule) -> Figure:
 
 def _bars(hs: Hyperschedule) -> Figure:
     steps_S, position_P = _spread(hs.num_steps + 1, _MAX_BARS), _spread(hs.length, _MAX_BARS)
-    levels_SxP = hs.level_of(position_P[None, :], steps_S[:, None])
-    width, depth = (x[1] - x[0] if len(x) > 1 else 1 for x in (position_P, steps_S))
-    x_SxP, y_SxP = np.meshgrid(position_P - width / 2, steps_S - depth / 2)
+    level_SxP = hs.level_of(position_P[None, :], steps_S[:, None])
+    height_SxP = np.maximum(level_SxP, 0.005 * hs.tau_max)  # settled ones as tiles
+    wide, deep = (0.9 * (x[1] - x[0]) if len(x) > 1 else 0.9 for x in (position_P, steps_S))
     figure = Figure(figsize=(9.0, 7.0))
-    panel = figure.add_axes((0.0, 0.02, 0.94, 0.92), projection="3d")
-    colors = level_colors()(levels_SxP.ravel() / hs.tau_max)
-    floor = np.zeros(levels_SxP.size)
-    sides = (0.9 * width, 0.9 * depth, levels_SxP.ravel())
-    panel.bar3d(x_SxP.ravel(), y_SxP.ravel(), floor, *sides, color=colors, shade=True)
-    panel.set(xlabel="position", ylabel="generation step", zlabel="level")
+    panel = figure.add_axes((0.0, 0.02, 0.94, 0.92), projection="3d", computed_zorder=False)
+    panel.view_init(elev=36, azim=140)  # from the settled side, over which the noise rises
+    nearness_SxP = np.arange(len(steps_S))[:, None] - np.arange(len(position_P))[None, :]
+    for nearness in np.unique(nearness_SxP):  # none of these bars hides another, nearer ones are drawn over them
+        s, p = np.nonzero(nearness_SxP == nearness)
+        corner = position_P[p] - wide / 2, steps_S[s] - deep / 2, np.zeros(len(s))
+        colors = level_colors()(level_SxP[s, p] / hs.tau_max)
+        panel.bar3d(*corner, wide, deep, height_SxP[s, p], color=colors, lightsource=_LIGHT, zorder=3 + nearness / 1e3)
+    panel.set_xlabel("position", labelpad=10)
+    panel.set_ylabel("generation step", labelpad=10)
+    panel.set_zlabel("level")
     for axis in (panel.xaxis, panel.yaxis, panel.zaxis):
         axis.set_major_locator(whole_numbers())
-    panel.view_init(elev=32, azim=-55)
     return figure
 
 

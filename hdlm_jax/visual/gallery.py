@@ -77,7 +77,8 @@ def _miniature(panel: Axes, hs: Hyperschedule):
 
 def _explain(panel: Axes, image) -> None:
     bar = panel.figure.colorbar(image, ax=panel, location="top", fraction=0.06, ticks=[0, 1])
-    bar.ax.set_xticklabels(["settled", "worthless"])
+    for label, side in zip(bar.ax.set_xticklabels(["settled", "worthless"]), ("left", "right"), strict=True):
+        label.set_horizontalalignment(side)
     bar.outline.set_visible(False)
     text = (
         "Colour: the noise level of a position,\nas a share of the highest.\n\n"

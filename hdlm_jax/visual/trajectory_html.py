@@ -12,23 +12,28 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
+from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.diffusion.hyperschedules import ACTIVE, SETTLED, WORTHLESS
 from hdlm_jax.errors import require
 from hdlm_jax.generation.trajectory import Trajectory
 from hdlm_jax.training.run_folder import write_whole
 from hdlm_jax.visual.figures import LEVEL_COLORS
-from hdlm_jax.visual.token_texts import visible
+from hdlm_jax.visual.token_texts import token_texts, visible
 
 GIVEN = 3  # a fourth state beside SETTLED, ACTIVE and WORTHLESS
 UNKNOWN = 101  # a confidence in percent that is not known
 MAX_BYTES = 1_000_000
 _WIDEST_MASK = 6.0  # characters
+_FIRST = "The first text, step by step"
+_BOX = "border:1px solid #8885;border-radius:8px"
+_TEXT = f"{_BOX};margin:0 0 8px;padding:8px 12px;white-space:pre-wrap;overflow-wrap:anywhere"
+_FRAME = f"{_BOX};width:100%;height:640px"
 
 
 def html(trajectory: Trajectory, texts_of: Callable[[int], str], text: int = 0, title: str = "") -> str:
@@ -58,6 +63,31 @@ def html(trajectory: Trajectory, texts_of: Callable[[int], str], text: int = 0, 
         frames_F = np.unique([*frames_F[::2], frames_F[-1]])
         page = _page(trajectory, texts_of, text, title, frames_F)
     return page
+
+
+def generation_html(
+    texts: Sequence[str],
+    trajectory: Trajectory | None = None,
+    tokenizer: Tokenizer | None = None,
+    title: str = "",
+) -> str:
+    """What a notebook shows of a generation: its texts, and the page of the first one where there is a trajectory.
+
+    Args:
+      texts: what was generated.
+      trajectory: of the same texts.
+      tokenizer: of the trajectory's tokens; without one their ids are shown.
+      title: over it all.
+
+    >>> "a &lt; b" in generation_html(["a < b"])
+    True
+    """
+    parts = [f"<p><b>{markup.escape(title)}</b></p>"] if title else []
+    parts += [f'<pre style="{_TEXT}">{markup.escape(text)}</pre>' for text in texts]
+    if trajectory is not None:
+        page = html(trajectory, str if tokenizer is None else token_texts(tokenizer), title=title or _FIRST)
+        parts.append(f'<iframe style="{_FRAME}" title="{_FIRST}" srcdoc="{markup.escape(page)}"></iframe>')
+    return f"<div>{''.join(parts)}</div>"
 
 
 def save(page: str, path: str | os.PathLike) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d import Axes3D
 
 from hdlm_jax.diffusion import hyperschedules
 from hdlm_jax.errors import UserError
@@ -131,3 +132,33 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="No space left"):
         figures.save(Figure(), path)
     assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {"loss.png": "old"}
+
+
+@pytest.mark.parametrize("name", ["slide", "prompt", "table"])
+def test_bars_are_as_high_as_the_levels(name: str, monkeypatch: pytest.MonkeyPatch):
+    hs, drawn = SCHEDULES[name], {}
+
+    def keep(_, x, y, __, wide, deep, heights, **style):
+        for i, height in enumerate(heights):
+            drawn[round(y[i] + deep / 2), round(x[i] + wide / 2)] = height, style["zorder"]
+
+    monkeypatch.setattr(Axes3D, "bar3d", keep)
+    figure = figures.hyperschedule(hs, style="bars")
+    levels = np.asarray(hs.levels)
+    heights = np.array([[drawn[step, i][0] for i in range(hs.length)] for step in range(hs.num_steps + 1)])
+    np.testing.assert_allclose(np.where(heights < 0.01 * hs.tau_max, 0, heights), levels)
+    for (step, i), (_, zorder) in drawn.items():  # what is nearer to the eye lies over what is behind it
+        assert all(drawn[at][1] < zorder for at in ((step - 1, i), (step, i + 1)) if at in drawn)
+    assert figure.get_suptitle() == hs.describe()
+
+
+def test_bars_of_a_long_schedule_are_few():
+    figure = figures.hyperschedule(hyperschedules.slide(400, 64, "1/4"), "long", style="bars")
+    faces = sum(len(collection.get_facecolor()) for collection in figure.axes[0].collections)
+    assert faces == 6 * 48 * 48
+    assert figure.get_suptitle() == "long"
+
+
+def test_an_unknown_style():
+    with pytest.raises(UserError, match="style: got 'bar' .*allowed: 'bars', 'heat'"):
+        figures.hyperschedule(SCHEDULES["slide"], style="bar")

@@ -10,7 +10,6 @@ import pytest
 
 from hdlm_jax.diffusion import hyperschedules
 from hdlm_jax.visual import trajectory_html
-from hdlm_jax.visual.notebook import generation_html
 from tests.visual.trajectories import AWKWARD, made
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -208,12 +207,12 @@ def test_a_click_on_the_levels_goes_to_that_step(opened: Opened):
 
 def test_the_page_works_inside_a_notebook(browser, tmp_path: Path):
     path = tmp_path / "cell.html"
-    output = generation_html(["one", "two <b>"], TRAJECTORY, text_of)
+    output = trajectory_html.generation_html(["one", "two <b>"], TRAJECTORY)
     path.write_text(f"<!doctype html><meta charset='utf-8'>{output}", encoding="utf-8")
     page = browser.new_page()
     page.goto(path.as_uri())
     frame = page.frame_locator("iframe")
-    frame.locator(".token[data-position='0']").wait_for()
+    assert frame.locator(".token[data-position='0']").inner_text() == str(TRAJECTORY.tokens[-1, 0, 0])
     frame.locator("#step").fill("3")
     assert frame.locator("#now").inner_text() == f"step 3 of {len(TRAJECTORY.steps) - 1}"
     assert "two <b>" in page.locator("body").inner_text()

@@ -10,11 +10,12 @@ from importlib import resources
 import numpy as np
 import pytest
 
+from hdlm_jax.data.tokenizers import bytes_tokenizer
 from hdlm_jax.diffusion import hyperschedules
 from hdlm_jax.errors import UserError
 from hdlm_jax.generation.trajectory import Trajectory
 from hdlm_jax.visual import trajectory_html
-from hdlm_jax.visual.token_texts import visible
+from hdlm_jax.visual.token_texts import token_texts, visible
 from tests.visual.trajectories import AWKWARD, made
 
 CASES = {
@@ -132,3 +133,16 @@ def test_a_page_is_saved_whole_under_a_name_that_opens_in_a_browser(tmp_path):
         trajectory_html.save(page, tmp_path / "x.png")
     with pytest.raises(UserError, match="cannot be written"):
         trajectory_html.save(page, path / "x.html")
+
+
+def test_a_notebook_gets_every_text_escaped_and_the_page_of_the_first():
+    trajectory, tokenizer = CASES["slide"], bytes_tokenizer()
+    output = trajectory_html.generation_html(["one <i>", "two"], trajectory, tokenizer, title="A & B")
+    assert re.findall(r"<pre[^>]*>([^<]*)</pre>", output) == ["one &lt;i&gt;", "two"]
+    assert "<b>A &amp; B</b>" in output
+    (page,) = re.findall(r'srcdoc="([^"]*)"', output)
+    assert markup.unescape(page) == trajectory_html.html(trajectory, token_texts(tokenizer), title="A & B")
+
+
+def test_a_notebook_gets_texts_alone_where_nothing_was_recorded():
+    assert "iframe" not in trajectory_html.generation_html(["one", "two"])
