@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from hdlm_jax import config as configs
 from hdlm_jax import files
 from hdlm_jax.data import pipeline, prepare, tokenizers
-from hdlm_jax.diffusion import hyperschedules
+from hdlm_jax.diffusion import hyperschedules, samplers
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
 from hdlm_jax.errors import require
 from hdlm_jax.evaluation import perplexity
@@ -297,10 +297,8 @@ class LanguageModel:
         given = {name: value for name, value in dials.items() if name in c.sampler and value is not None}
         given |= {} if sampler is None else {"kind": sampler}
         c = configs.override(c, {f"sampler.{name}": value for name, value in given.items()})
-        corrects = c.sampler.kind in ("acs", "acs_published") or "eta" not in given
-        require(
-            corrects, "sampler.eta", given.get("eta"), f"nothing for {c.sampler.kind!r}, which makes no corrections"
-        )
+        has_eta = "eta" not in given or "eta" in samplers.dials_of(c.sampler.kind)
+        require(has_eta, "sampler.eta", given.get("eta"), f"nothing for {c.sampler.kind!r}, which has no such dial")
         return c
 
     def _chain(self, c: ConfigDict, hs: Hyperschedule, stop: bool, forbid: Sequence[int], hook) -> Chain:

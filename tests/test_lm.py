@@ -174,6 +174,33 @@ def test_a_shifted_model_needs_bos():
         TransformerConfig(num_tokens=5, length=4, hidden=8, blocks=1, heads=1, prediction="shifted")
 
 
+def test_a_text_with_a_seed_of_its_own_is_the_same_alone_and_in_any_batch(compiled_fast):
+    together = FULL.generate(["ab", "c", "def"], seed=[5, 6, 7])
+    for prompt, seed, text in zip(["ab", "c", "def"], [5, 6, 7], together.tokens, strict=True):
+        np.testing.assert_array_equal(FULL.generate(prompt, seed=seed).tokens[0], text)
+
+
+def test_a_full_model_fills_in_and_a_prefix_model_says_what_it_does_not_see(compiled_fast):
+    full = FULL.generate("ab", fixed={8: "yz"})
+    assert bytes(full.tokens[0, [0, 1, 8, 9]].tolist()) == b"abyz" and full.notes == ()
+    prefix = PREFIX.generate("ab", fixed={8: "yz"})
+    assert bytes(prefix.tokens[0, [0, 1, 8, 9]].tolist()) == b"abyz"
+    assert prefix.notes == (lms.PREFIX_IS_BLIND,)
+
+
+def test_a_stream_joins_to_the_generated_text(compiled_fast):
+    pieces = list(PREFIX.stream("ab", seed=2, rate=2, every=2))
+    assert len(pieces) > 2
+    assert "".join(pieces) == PREFIX.generate("ab", seed=2, rate=2).texts[0]
+
+
+def test_a_prefix_model_goes_on_past_its_trained_length(compiled_fast):
+    out = PREFIX.generate("ab", length=L + 9)
+    assert out.tokens.shape == (1, L + 9) and (out.tokens < N).all()
+    with pytest.raises(UserError, match="length: got 21; allowed: 1 .. 12, the trained length"):
+        FULL.generate("ab", length=L + 9)
+
+
 # ---- logits
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hdlm_jax.diffusion.rules import Move
+from hdlm_jax.diffusion.rules import Move, probability
 from hdlm_jax.generation.chain import Chain, origins, settling_rows
 from hdlm_jax.generation.network import prefill, recomputed_logits, window_logits
 from hdlm_jax.generation.segments import plan, settles_at_once
@@ -227,7 +227,7 @@ def _moved(
     shaped_BxWxV = chain.shape_logits(scores_BxWxV, state.x)
     one = lambda rng, *row: chain.rule.step(jax.random.fold_in(rng, step), *row)
     memory_BxW = None if state.memory is None else _at(state.memory, index_BxW)
-    z_BxW, memory_BxW = jax.vmap(one)(rng_B, _at(state.x, index_BxW), shaped_BxWxV, move, memory_BxW)
+    z_BxW, memory_BxW = jax.vmap(one)(rng_B, _at(state.x, index_BxW), shaped_BxWxV, move, memory_BxW, scores_BxWxV)
     put = functools.partial(_put, index_BxW=jnp.where(move.changes, index_BxW, state.x.shape[1]))
     state = state._replace(x=put(state.x, z_BxW), calls=state.calls + 1)
     if memory_BxW is not None:
@@ -248,9 +248,9 @@ def _put(y_BxL: Array, new_BxW: Array, index_BxW: Array) -> Array:
 
 def _confidence(chain: Chain, scores_BxWxV: Array, z_BxW: Array) -> Array:
     """The network's probability of the tokens, of the likeliest one at masks."""
-    p_BxWxN = jax.nn.softmax(scores_BxWxV[..., : chain.process.num_tokens].astype(jnp.float32), -1)
-    own_BxW = jnp.take_along_axis(p_BxWxN, z_BxW[..., None], -1, mode="clip")[..., 0]
-    return jnp.where(z_BxW == chain.process.mask, p_BxWxN.max(-1), own_BxW)
+    N = chain.process.num_tokens
+    best_BxW = jnp.argmax(scores_BxWxV[..., :N], -1)
+    return probability(scores_BxWxV, jnp.where(z_BxW == chain.process.mask, best_BxW, z_BxW), N)
 
 
 def _recorded(chain: Chain, frames: int, step: Array, state: State) -> State:

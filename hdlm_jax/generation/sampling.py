@@ -11,7 +11,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from hdlm_jax.data.tokenizers import Tokenizer
-from hdlm_jax.diffusion import scores, visibility
+from hdlm_jax.diffusion import samplers, scores, visibility
 from hdlm_jax.diffusion.fields import number
 from hdlm_jax.diffusion.fields import seed as checked_seed
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
@@ -102,15 +102,17 @@ def _chain(parts: Parts, hs: Hyperschedule, sampler: tuple, end, forbidden, hook
             allowed = f"{off}: this network learned scores, which are rates and no probabilities of tokens"
             require(s[name] == off, f"sampler.{name}", s[name], allowed)
         require(not forbidden, "forbid", forbidden, "nothing: this network learned scores, which are rates")
+    samplers.check(s.kind, hs, conditioned=parts.model.conditioning > 0)
     _check_guidance(parts, s.guidance)
     one_of("sampler.cache_dtype", s.cache_dtype, ("", "float32", "bfloat16"))
     shape = shaping.Shaping(s.temperature, s.top_k, s.top_p, s.repetition_penalty, forbidden, hook)
+    rule = build_rule(s, parts.process, parts.loss.reading)
     return Chain(
         parts.model,
         hs,
-        parts.schedule,
+        rule.warp(parts.schedule) if rule.warp else parts.schedule,
         parts.process,
-        build_rule(s, parts.process, parts.loss.reading),
+        rule,
         shaping.shaper(shape, parts.model.num_tokens),
         s.cache_dtype,
         s.guidance,

@@ -98,10 +98,11 @@ def generate(chain, params, origins=ORIGINS, rows=slice(None), cached=True, **op
 
 
 def generated(chain, params, origins=ORIGINS, rows=slice(None), cached=True, **options):
-    """The last state of a generation whose every call is a frame."""
+    """The last state of a generation, by default with a frame after every call."""
     if cached:
         options["longest_prompt"] = max(origins[rows])
-    run = functools.partial(loop.cached if cached else loop.recomputed, chain, frames=chain.hs.num_steps, **options)
+    options.setdefault("frames", chain.hs.num_steps)
+    run = functools.partial(loop.cached if cached else loop.recomputed, chain, **options)
     inputs = (keys(len(origins)), prior_texts(chain.process, origins), given(origins))
     return jit(run)(params, *(x[rows] for x in inputs))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from hdlm_jax.diffusion import hyperschedules, noise_schedules, noising, reverse
+from hdlm_jax.diffusion import hyperschedules, noise_schedules, noising, reverse, samplers
 from hdlm_jax.diffusion.hyperschedules import block, block_slide, flat, quenched, slide
 from hdlm_jax.diffusion.rules import Move
 from hdlm_jax.generation import loop, network, segments
@@ -24,6 +24,7 @@ from tests.generation.chains import (
     assert_scores_agree,
     chain_of,
     generate,
+    generated,
     given,
     greedy_absorb,
     jit,
@@ -365,3 +366,73 @@ def assert_follows_the_data_law(visibility, hs, epsilon, epsilon_of_other, eta, 
     done = jax.jit(functools.partial(run, chain))(random_params(chain.config), *inputs).x
     counts = np.bincount(np.asarray(done) @ [3, 1], minlength=9)
     assert chisquare(counts, PAIRS.ravel() * texts).pvalue > 0.01
+
+
+# ---- records, and calls that are left out
+
+
+def test_a_record_keeps_the_tokens_after_every_few_calls_and_the_confidence_in_them():
+    chain = RUNS["slide"]
+    with jax.enable_x64():
+        params = random_params(chain.config, jnp.float64)
+        frames = generated(chain, params, frames=5).frames
+    steps, T = loop.frame_steps(chain, 5), chain.hs.num_steps
+    assert steps == [0, 3, 6, 9, T] and T == 11
+    np.testing.assert_array_equal(frames.tokens, run_of("slide")[steps])
+    unknown = np.isnan(frames.confidence)
+    begun = levels_of_texts(chain.hs)[steps] < chain.hs.tau_max
+    np.testing.assert_array_equal(unknown, ~begun | np.asarray(given())[None])
+    assert ((frames.confidence > 0) & (frames.confidence <= 1))[~unknown].all()
+
+
+def test_confidence_is_the_probability_of_the_token_or_of_the_likeliest_at_a_mask():
+    chain = greedy_absorb(block(L, 4, 2), "aligned")
+    params = random_params(chain.config)
+    frames = generated(chain, params, origins=(0, 0, 0)).frames
+    _, scores = network.recomputed_logits(chain, params, frames.tokens[0], given((0, 0, 0)), jnp.int32(0))
+    p = np.asarray(jax.nn.softmax(scores[..., :N], -1))[:, :4]
+    np.testing.assert_allclose(frames.confidence[1][:, :4], p.max(-1), rtol=1e-4)  # greedy: both are the likeliest
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "recomputed"])
+def test_calls_without_a_mask_to_fill_are_left_out(cached):
+    """At threshold 0+ every mask of a block is committed in its first call."""
+    rule = samplers.build("threshold", ABSORB, threshold=1e-6)
+    visibility = "prefix" if cached else "full"
+    chain = chain_of(block(L, 4, 1), process=ABSORB, sampler=rule, visibility=visibility)
+    params = random_params(chain.config)
+    state = generated(chain, params, cached=cached)
+    every = generated(chain._replace(rule=rule._replace(skips=False)), params, cached=cached)
+    assert (int(state.calls), int(every.calls)) == (3, chain.hs.num_steps)
+    np.testing.assert_array_equal(state.frames.tokens, every.frames.tokens)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "recomputed"])
+def test_when_every_text_has_its_end_the_calls_end(cached):
+    visibility = "prefix" if cached else "full"
+    plain = chain_of(slide(L, 2, 1), process=ABSORB, sampler=reverse.ancestral(ABSORB), visibility=visibility)
+    params = jax.tree.map(lambda x: 0.3 * x, random_params(plain.config))  # near uniform: every token is in some text
+    whole = np.asarray(generated(plain, params, cached=cached).x)
+    generated_BxL = np.where(np.asarray(given()), -1, whole)
+    common = [t for t in range(N) if (generated_BxL == t).any(1).all()]
+    assert common  # so drawn that a token is in all texts
+    first_B = (generated_BxL == common[0]).argmax(1)
+    state = generated(plain._replace(end=common[0]), params, cached=cached)
+    settled_after = max(first - origin for first, origin in zip(first_B, ORIGINS, strict=True)) + 2
+    assert int(state.calls) == settled_after < plain.hs.num_steps
+    for row, (text, first) in enumerate(zip(whole, first_B, strict=True)):
+        np.testing.assert_array_equal(state.x[row, : first + 1], text[: first + 1])
+
+
+def test_a_rule_remembers_from_call_to_call_and_its_memory_moves_with_the_window():
+    """Mask-Predict in blocks: cached and recomputed texts are equal where proposals are the likeliest tokens."""
+    rule = samplers.build("mask_predict", ABSORB)
+    chain = chain_of(block(L, 6, "3/2"), process=ABSORB, sampler=rule)
+    chain = chain._replace(shape_logits=greedy_absorb(block(L, 6, "3/2"), "aligned").shape_logits)
+    with jax.enable_x64():
+        params = random_params(chain.config, jnp.float64)
+        fast, slow = (generated(chain, params, cached=cached) for cached in (True, False))
+    np.testing.assert_array_equal(fast.frames.tokens, slow.frames.tokens)
+    assert (np.diff((np.asarray(fast.frames.tokens) == ABSORB.mask).sum(2), axis=0) < 0).any()
+    remasked = (fast.frames.tokens[1:] == ABSORB.mask) & (fast.frames.tokens[:-1] != ABSORB.mask)
+    assert remasked.any()

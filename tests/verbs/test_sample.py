@@ -66,3 +66,48 @@ def test_by_default_the_record_goes_to_the_runs_samples_under_a_new_name(smoke_r
         assert len(json.loads(path.read_text())["texts"]) == 3
     for path in set((smoke_run / "samples").iterdir()) - before:
         path.unlink()
+
+
+def test_prompts_from_a_file_and_a_fixed_text(sampled, tmp_path):
+    """The run's model is a prefix model, which is told."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the cat\n\nthe red hen\n")
+    out, record = sampled("--prompts", prompts, "--fixed", "20=on a mat", "--stop")
+    assert [text[:7] for text in record["texts"]] == ["the cat", record["texts"][1][:7], "the red"]
+    assert record["fixed"] == {"20": "on a mat"} and record["prompt"] == ["the cat", "", "the red hen"]
+    assert len(record["lengths"]) == 3 and record["calls"] >= 1
+    for text, length in zip(record["texts"], record["lengths"], strict=True):
+        assert length < 29 or "on a mat" in text
+
+
+def test_live_shows_one_text_and_writes_nothing(smoke_run, capfd):
+    before = set((smoke_run / "samples").iterdir())
+    assert main(["sample", "--run", str(smoke_run), "--live", "--delay", "0", "--prompt", "the cat "]) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("step 0/") and "the cat ····" in out and "\n--- the cat " in out
+    assert set((smoke_run / "samples").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--fixed", "abc"], "--fixed: got 'abc'; allowed: POSITION=TEXT"),
+        (["--fixed", "1=a", "--fixed", "1=b"], "--fixed: got '1=b'; allowed: each position once"),
+        (["--live", "--num", "2"], "--live: got 'several texts'"),
+        (["--live", "--out", "x.json"], "--out: got 'x.json'; allowed: nothing with --live"),
+        (["--prompts", "LATIN1"], "--prompts: "),
+        (["--prompts", "LATIN1", "--prompt", "a"], "--prompts: got"),
+        (["--prompt", ""], "prompt: got ''"),
+        (["--sampler", "remdm"], "sampler.kind: got 'remdm' (did you mean 'remdm_"),
+        (["--sampler", "ancestral", "--threshold", "0.5"], "sampler.threshold: got 0.5; allowed: nothing: 'ancestral'"),
+        (["--guidance", "1"], "sampler.guidance: got 1.0; allowed: 0 for a prefix model"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_that_names_the_flag(smoke_run, tmp_path, capfd, arguments, says):
+    latin = tmp_path / "latin1.txt"
+    latin.write_bytes(b"caf\xe9\n")
+    arguments = [str(latin) if word == "LATIN1" else word for word in arguments]
+    assert main(["sample", "--run", str(smoke_run), *arguments]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"hdlm: {says}") and error.count("\n") == 1
