@@ -230,6 +230,11 @@ class Hyperschedule:
         arguments = ", ".join(f"{name}={value}" for name, value in (("length", self.length), *self.arguments))
         return f"{self.kind}({arguments})" + (f".with_prompt({self.prompt})" if self.prompt else "")
 
+    def _repr_png_(self) -> bytes:
+        from hdlm_jax.visual import figures
+
+        return figures.png(figures.hyperschedule(self))
+
     @property
     def _numpy_levels(self) -> np.ndarray:
         step_T, position_L = np.arange(self.num_steps + 1), np.arange(self.length)

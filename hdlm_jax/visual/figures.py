@@ -4,13 +4,13 @@ Every function builds a `matplotlib.figure.Figure` without pyplot: no display is
 changes. `save` writes one to a file.
 """
 
+import io
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, LightSource, LinearSegmentedColormap, Normalize
@@ -61,8 +61,8 @@ def hyperschedule(hs: Hyperschedule, title: str = "", style: str = "heat") -> Fi
 def _heat(hs: Hyperschedule) -> Figure:
     steps_S = _spread(hs.num_steps + 1)
     calls_C = _spread(hs.num_steps)
-    levels_SxL = np.asarray(jax.jit(jax.vmap(hs.levels_at))(steps_S))
-    start_C, stop_C = map(np.asarray, jax.jit(jax.vmap(hs.window))(calls_C))
+    levels_SxL = hs.level_of(np.arange(hs.length)[None, :], steps_S[:, None])
+    start_C, stop_C = np.array([hs.window(int(step)) for step in calls_C], int).reshape(-1, 2).T
     figure = Figure(figsize=(10.5, 6.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 3))
     heat_map(left, levels_SxL, hs.tau_max, hs.num_steps)
@@ -155,8 +155,7 @@ def save(figure: Figure, path: str | os.PathLike) -> Path:
     Raises:
         UserError: when the suffix is not .png, .pdf or .svg, or the file cannot be written.
     """
-    path = Path(path)
-    require(path.suffix in _SUFFIXES, "out", str(path), f"a file name ending in {', '.join(_SUFFIXES)}")
+    path = checked(path)
     draft = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +167,20 @@ def save(figure: Figure, path: str | os.PathLike) -> Path:
         if draft.exists():
             draft.unlink()
     return path
+
+
+def checked(path: str | os.PathLike) -> Path:
+    """The path of a picture; `UserError` unless it ends in .png, .pdf or .svg."""
+    path = Path(path)
+    require(path.suffix in _SUFFIXES, "out", str(path), f"a file name ending in {', '.join(_SUFFIXES)}")
+    return path
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a picture of the size that notebooks show."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=80)
+    return file.getvalue()
 
 
 def level_colors() -> LinearSegmentedColormap:

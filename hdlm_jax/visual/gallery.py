@@ -62,7 +62,8 @@ def gallery(length: int = 24) -> Figure:
 def _miniature(panel: Axes, hs: Hyperschedule):
     T, L = hs.num_steps, hs.length
     extent = (-0.5, L - 0.5, T + 0.5, -0.5)
-    image = panel.imshow(hs.levels / hs.tau_max, cmap=level_colors(), vmin=0, vmax=1, extent=extent, aspect="auto")
+    level_SxL = hs.level_of(np.arange(L)[None, :], np.arange(T + 1)[:, None])
+    image = panel.imshow(level_SxL / hs.tau_max, cmap=level_colors(), vmin=0, vmax=1, extent=extent, aspect="auto")
     windows_Tx2 = np.array([hs.window(step) for step in range(T)])
     edges = np.repeat(np.arange(T + 1), 2)[1:-1]
     for bound_T in windows_Tx2.T:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
@@ -70,13 +71,15 @@ def kernels(num_tokens: int = 6) -> Figure:
     """
     require(num_tokens >= 3, "num_tokens", num_tokens, "at least 3, of which each has neighbours")
     processes = {kind: noising.build(kind, num_tokens, **_FIELDS.get(kind, {})) for kind in noising.PROCESSES}
+    noise_K = np.linspace(0, 1, 41)
     figure = Figure(figsize=(14.0, 8.6), layout="constrained")
     panels = figure.subplots(2 + len(_ALPHAS), len(processes), squeeze=False)
     for column, (kind, process) in enumerate(processes.items()):
         fields = "".join(f"\n{name} {value}" for name, value in _FIELDS.get(kind, {}).items()) or "\n"
-        _draw_fates(panels[0, column], process)
         panels[0, column].set_title(kind + fields, fontsize=11)
-        matrices = [marginals(process, alpha) for alpha in _ALPHAS] + [transitions(process, *_STEP)]
+        *chosen, laws_KxNxV = np.split(marginals(process, [*_ALPHAS, *(1 - noise_K)]), range(1, 1 + len(_ALPHAS)))
+        _draw_fates(panels[0, column], noise_K, fates(laws_KxNxV))
+        matrices = [*(law_1xNxV[0] for law_1xNxV in chosen), transitions(process, *_STEP)]
         for panel, matrix in zip(panels[1:, column], matrices, strict=True):
             image = _draw_matrix(panel, matrix, process)
     names = ["share of tokens", *(f"q(z | x) at alpha {alpha}" for alpha in _ALPHAS)]
@@ -92,13 +95,14 @@ def kernels(num_tokens: int = 6) -> Figure:
     return figure
 
 
-def marginals(process: NoisingProcess, alpha: float) -> np.ndarray:
-    """[N, V]: q(z | x) for every x.
+def marginals(process: NoisingProcess, alphas_K: ArrayLike) -> np.ndarray:
+    """[K, N, V]: q(z | x) at every alpha, for every x.
 
-    >>> marginals(noising.absorb(2), 0.75).tolist()
-    [[0.75, 0.0, 0.25], [0.0, 0.75, 0.25]]
+    >>> marginals(noising.absorb(2), [0.75]).tolist()
+    [[[0.75, 0.0, 0.25], [0.0, 0.75, 0.25]]]
     """
-    return np.asarray(jax.vmap(process.marginal, (0, None))(jnp.arange(process.num_tokens), alpha))
+    of_all = jax.vmap(jax.vmap(process.marginal, (0, None)), (None, 0))
+    return np.asarray(jax.jit(of_all)(jnp.arange(process.num_tokens), jnp.asarray(alphas_K, jnp.float32)))
 
 
 def transitions(process: NoisingProcess, alpha_from: float, alpha_to: float) -> np.ndarray:
@@ -107,19 +111,17 @@ def transitions(process: NoisingProcess, alpha_from: float, alpha_to: float) -> 
     >>> transitions(noising.absorb(2), 1.0, 0.75).tolist()
     [[0.75, 0.0, 0.25], [0.0, 0.75, 0.25], [0.0, 0.0, 1.0]]
     """
-    states_S = jnp.arange(_states(process))
-    return np.asarray(jax.vmap(process.transition, (0, None, None))(states_S, alpha_from, alpha_to))
+    of_all = jax.vmap(process.transition, (0, None, None))
+    return np.asarray(jax.jit(of_all)(jnp.arange(_states(process)), alpha_from, alpha_to))
 
 
-def fates(process: NoisingProcess, alphas_K: np.ndarray) -> np.ndarray:
-    """[3, K]: the shares of tokens that are intact, another ordinary token and the mask, averaged over x.
+def fates(laws_KxNxV: np.ndarray) -> np.ndarray:
+    """[3, K]: the shares of tokens that are intact, another ordinary token and the mask, from `marginals`.
 
-    >>> fates(noising.uniform(2), np.array([1.0, 0.5])).tolist()
+    >>> fates(marginals(noising.uniform(2), [1.0, 0.5])).tolist()
     [[1.0, 0.75], [0.0, 0.25], [0.0, 0.0]]
     """
-    N = process.num_tokens
-    of_all = jax.vmap(jax.vmap(process.marginal, (0, None)), (None, 0))
-    laws_KxNxV = np.asarray(jax.jit(of_all)(jnp.arange(N), jnp.asarray(alphas_K, jnp.float32)))
+    N = laws_KxNxV.shape[1]
     intact_K = np.einsum("kii->k", laws_KxNxV[:, :, :N]) / N
     mask_K = laws_KxNxV[:, :, N].mean(1)
     return np.stack([intact_K, laws_KxNxV[:, :, :N].sum((1, 2)) / N - intact_K, mask_K])
@@ -140,9 +142,8 @@ def _states(process: NoisingProcess) -> int:
     return process.num_tokens + (process.mask is not None)
 
 
-def _draw_fates(panel: Axes, process: NoisingProcess) -> None:
-    noise_K = np.linspace(0, 1, 41)
-    panel.stackplot(noise_K, fates(process, 1 - noise_K), labels=list(_FATES), colors=list(_FATES.values()))
+def _draw_fates(panel: Axes, noise_K: np.ndarray, fates_3xK: np.ndarray) -> None:
+    panel.stackplot(noise_K, fates_3xK, labels=list(_FATES), colors=list(_FATES.values()))
     panel.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], box_aspect=1)
     panel.set_xlabel("1 - alpha")
 

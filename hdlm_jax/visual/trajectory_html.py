@@ -96,9 +96,15 @@ def save(page: str, path: str | os.PathLike) -> Path:
     Raises:
       UserError: when the suffix is not .html, or the file cannot be written.
     """
+    path = checked(path)
+    write_whole(path, page)
+    return path
+
+
+def checked(path: str | os.PathLike) -> Path:
+    """The path of a page; `UserError` unless it ends in .html."""
     path = Path(path)
     require(path.suffix == ".html", "out", str(path), "a file name ending in .html")
-    write_whole(path, page)
     return path
 
 

@@ -162,3 +162,12 @@ def test_bars_of_a_long_schedule_are_few():
 def test_an_unknown_style():
     with pytest.raises(UserError, match="style: got 'bar' .*allowed: 'bars', 'heat'"):
         figures.hyperschedule(SCHEDULES["slide"], style="bar")
+
+
+def test_a_hyperschedule_shows_itself_in_a_notebook(monkeypatch: pytest.MonkeyPatch):
+    hs, shown = SCHEDULES["slide"], []
+    draw = figures.hyperschedule
+    monkeypatch.setattr(figures, "hyperschedule", lambda given: (shown.append(given), draw(given))[1])
+    picture = hs._repr_png_()
+    assert picture.startswith(b"\x89PNG")
+    assert shown == [hs]
