@@ -3,7 +3,8 @@ r"""The paper's epsilon-hybrid, flat and aligned, trained by its cross-entropy a
     hdlm train --config experiments/paper/epsilon_flat.py --workdir runs/epsilon_flat \
         --config.data.path='openwebtext/*.txt' --config.data.tokenizer=gpt2/tokenizer.json
 
-Rates 1, 2, 4 and 8 are sampler.steps = 1024, 512, 256 and 128.
+Rates 1, 2, 4 and 8 are sampler.steps = 1024, 512, 256 and 128. The published model of epsilon 0 (masked diffusion):
+--config.noising.epsilon=0 --config.sampler.kind=ancestral
 
 Expected (published): zero-shot perplexity on Wikitext <= 32.5, on Lambada 50.2, on Pubmed 41.2, on
 Arxiv 37.8. MAUVE with eta 0.25 at rates 8, 4, 2, 1: .955, .821, .859, .928; without corrections .950, .944, .848, .779.

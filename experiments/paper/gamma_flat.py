@@ -3,7 +3,8 @@ r"""The paper's gamma-hybrid of gamma 0.05, flat and aligned, trained by its pub
     hdlm train --config experiments/paper/gamma_flat.py --workdir runs/gamma_flat \
         --config.data.path='openwebtext/*.txt' --config.data.tokenizer=gpt2/tokenizer.json
 
-Rates 1, 2, 4 and 8 are sampler.steps = 1024, 512, 256 and 128.
+Rates 1, 2, 4 and 8 are sampler.steps = 1024, 512, 256 and 128. The published model of gamma 0.01:
+--config.noising.gamma=0.01 --config.model.interpolation=0.01
 
 Expected (published): zero-shot perplexity on Wikitext <= 30.0, on Lambada 45.4, on Pubmed 46.6, on Arxiv 40.6.
 """
