@@ -5,7 +5,7 @@ kept in `.tmp/jax_cache` of the checkout, so that a second run spends its time o
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +21,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+from tests.fake_bucket import Bucket, served  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -51,6 +53,16 @@ def docs_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs") / "windows"
     prepare.prepare({"source": "python_docs", "tokenizer": "bytes", "length": 32}, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[Bucket]:
+    """A bucket in memory, which all that runs here or is started from here finds as gs://bucket."""
+    with served() as made, pytest.MonkeyPatch.context() as patch:
+        for name, value in made.environment().items():
+            patch.setenv(name, value)
+        pytest.importorskip("gcsfs", reason="buckets need a package (extra gcs)")  # it reads them at its import
+        yield made
 
 
 @pytest.fixture(scope="session")

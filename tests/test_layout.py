@@ -18,6 +18,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path
 # below its own. `data` stands apart: it imports the ground only, and what may import it is listed beside it.
 FLOORS = [
     {"errors"},
+    {"files"},
     {"config"},
     {"diffusion"},
     {"models"},
@@ -31,7 +32,7 @@ FLOORS = [
     {"__main__"},
 ]
 HEIGHT = {unit: height for height, units in enumerate(FLOORS) for unit in units}
-DATA_MAY_IMPORT = {"data", "errors", "config"}
+DATA_MAY_IMPORT = {"data", "errors", "files", "config"}
 DATA_IS_FOR = {unit for unit, height in HEIGHT.items() if height >= HEIGHT["generation"]}
 FORBIDDEN = {"tensorflow", "torch", "transformers"}
 # First line of a file under interop that is copied out to run without this package, and so may import torch.
@@ -45,6 +46,8 @@ LAZY = [
     "tensorboardX",
     "safetensors",
     "tokenizers",
+    "fsspec",
+    "gcsfs",
     *sorted(FORBIDDEN),
 ]
 MAX_LINES = 420
@@ -247,6 +250,6 @@ def test_what_the_package_imports_is_required():
     names = {line.split(">=")[0] for line in required}
     provided = {IMPORT_NAMES.get(name, name).replace("-", "_") for name in names}
     used = {name: foreign_imports(path.read_text(encoding="utf-8"), name) for name, path in MODULES.items()}
-    optional = FORBIDDEN | {"flatbuffers", "tokenizers", "libtpu"}
+    optional = FORBIDDEN | {"flatbuffers", "tokenizers", "libtpu", "fsspec", "gcsfs"}
     extra = {name: names - provided - optional for name, names in used.items()}
     assert {name: names for name, names in extra.items() if names} == {}

@@ -2,12 +2,12 @@
 
 A prepared folder holds, for each split, ArrayRecord shards of windows of L token ids, the
 tokenizer's files and manifest.json. It is written beside its place and moved there when it is
-whole, so an interrupted run leaves nothing behind that looks finished.
+whole (into a bucket it is copied, the manifest last), so an interrupted run leaves nothing behind that
+looks finished.
 """
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hdlm_jax import files
 from hdlm_jax.data import corpora, tokenizers
+from hdlm_jax.data.cache import MANIFEST, fetched, publish
 from hdlm_jax.errors import UserError, require, unknown
 
 FORMAT = 1
@@ -147,20 +149,27 @@ def prepare(
       UserError: bad input (see `corpora.load` and `tokenizers.build`), a split shorter than one
         window, or a `folder` that holds something else.
     """
-    config, folder = DataConfig.of(config), Path(folder)
-    if (folder / "manifest.json").exists():
+    config, folder = DataConfig.of(config), files.place(folder, "out")
+    if files.is_file(folder / MANIFEST):
         return open_prepared(folder, config)
     _require_free(folder)
     corpus = _load_corpus(config)
     tokenizer = tokenizers.build(config.tokenizer, config.vocab_size, corpus.train)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    remote = files.is_remote(folder)
+    if not remote:
+        files.make_folder(folder.parent)
+    partial = Path(
+        tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=None if remote else folder.parent)
+    )
     try:
         partial.chmod(0o755)
         _write(partial, config, corpus, tokenizer, progress or (lambda *_: None))
-        _publish(partial, folder)
+        if remote:
+            files.copy_folder(partial, folder, last=MANIFEST)
+        else:
+            publish(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        files.remove(partial)
     return open_prepared(folder, config)
 
 
@@ -177,17 +186,8 @@ def _load_corpus(config: DataConfig) -> corpora.Corpus:
 
 
 def _require_free(folder: Path) -> None:
-    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    free = not files.is_file(folder) and not files.names(folder)
     require(free, "out", str(folder), "a new or empty folder, or one that holds the same prepared data")
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Moves the finished folder to its place, unless another process was faster."""
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not (folder / "manifest.json").exists():
-            raise
 
 
 def _write(
@@ -218,7 +218,7 @@ def _write(
         "splits": summaries,
         "unigram_bits_per_byte": unigram_bits_per_byte(byte_counts["train"], byte_counts["held_out"]),
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    files.write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 class _ShardWriter:
@@ -255,7 +255,7 @@ class _ShardWriter:
         """Finishes the shard being written and notes its size."""
         if self._writer is not None:
             self._writer.close()
-            self.shards[-1]["bytes"] = (self._folder / self.shards[-1]["file"]).stat().st_size
+            self.shards[-1]["bytes"] = files.size(self._folder / self.shards[-1]["file"])
             self._writer = None
 
 
@@ -333,11 +333,12 @@ def open_prepared(folder: str | os.PathLike, config: DataConfig | Mapping[str, A
       UserError: no prepared folder, one of another format, damaged shards, or data that differ
         from `config` (the message lists every field that differs).
     """
-    folder = Path(folder)
+    folder = files.place(folder, "data.prepared")
     manifest = _read_manifest(folder)
     if config is not None and (differing := differences(manifest, DataConfig.of(config))):
         what = "; ".join(differing)
         raise UserError(f"{folder} was prepared from other settings: {what}. Give the same, or another folder")
+    folder = fetched(folder)
     tokenizer = tokenizers.load(folder)
     same = tokenizer.fingerprint == manifest["tokenizer"]["sha256"]
     require(same, "data.prepared", str(folder), "a folder with the tokenizer it was prepared with")
@@ -354,7 +355,7 @@ def differences(manifest: Mapping[str, Any], config: DataConfig) -> list[str]:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads(files.read_text(folder / MANIFEST))
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"data.prepared: got '{folder}'; allowed: a folder that `hdlm prepare` wrote") from error
@@ -371,7 +372,7 @@ def _open_split(folder: Path, manifest: Mapping[str, Any], name: str) -> Windows
     summary = manifest["splits"][name]
     paths = [folder / shard["file"] for shard in summary["shards"]]
     for path, shard in zip(paths, summary["shards"], strict=True):
-        size = path.stat().st_size if path.exists() else 0
+        size = files.size(path) if files.is_file(path) else 0
         given = f"{path} of {size} bytes"
         require(size == shard["bytes"], "data.prepared", given, f"the {shard['bytes']} bytes that were written")
     return Windows([str(path) for path in paths], manifest["dtype"], manifest["length"], summary["windows"])

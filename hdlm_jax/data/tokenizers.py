@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from hdlm_jax import files
 from hdlm_jax.errors import UserError, require, unknown
 
 _TOKENLESS = 4  # pieces that we train but give no token: pad, bos, unk, mask (eos is end_of_text)
@@ -114,12 +115,11 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json, and tokenizer.model where there is a model, into `folder`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = files.place(folder)
         if self.model:
-            (folder / "tokenizer.model").write_bytes(self.model)
+            files.write_whole(folder / "tokenizer.model", self.model)
         about = {"name": self.name, "num_tokens": self.num_tokens, "fingerprint": self.fingerprint}
-        (folder / "tokenizer.json").write_text(json.dumps(about, indent=2) + "\n")
+        files.write_whole(folder / "tokenizer.json", json.dumps(about, indent=2) + "\n")
 
 
 def load(folder: str | os.PathLike) -> Tokenizer:
@@ -128,9 +128,9 @@ def load(folder: str | os.PathLike) -> Tokenizer:
     Raises:
       UserError: there is none, or its files are not the ones that were saved.
     """
-    folder = Path(folder)
+    folder = files.place(folder)
     try:
-        about = json.loads((folder / "tokenizer.json").read_text())
+        about = json.loads(files.read_text(folder / "tokenizer.json"))
         tokenizer = _saved(folder, about["name"], about["num_tokens"])
         same = tokenizer.fingerprint == about["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -144,7 +144,7 @@ def _saved(folder: Path, name: str, num_tokens: int) -> Tokenizer:
     """What `Tokenizer.save` wrote: from its name, its number of tokens and its model."""
     if name in ("bytes", "tokens"):
         return bytes_tokenizer() if name == "bytes" else tokens_only(num_tokens)
-    return {"sentencepiece": sentencepiece, "byte_bpe": _byte_bpe}[name]((folder / "tokenizer.model").read_bytes())
+    return {"sentencepiece": sentencepiece, "byte_bpe": _byte_bpe}[name](files.read_bytes(folder / "tokenizer.model"))
 
 
 def _byte_bpe(model: bytes) -> Tokenizer:
@@ -170,7 +170,10 @@ def build(kind: str, vocab_size: int = 0, documents: Sequence[str] = ()) -> Toke
         return bytes_tokenizer()
     if kind == "sentencepiece":
         return sentencepiece(train_sentencepiece(documents, vocab_size))
-    if kind.endswith(".json") or Path(kind).is_dir():
+    place = files.place(kind, "data.tokenizer")
+    if files.is_remote(place):
+        return load(place)
+    if kind.endswith(".json") or files.is_dir(place):
         from hdlm_jax.data import byte_bpe
 
         return byte_bpe.load(kind) if byte_bpe.is_here(kind) else load(kind)
@@ -178,9 +181,9 @@ def build(kind: str, vocab_size: int = 0, documents: Sequence[str] = ()) -> Toke
         choices = ["bytes", "sentencepiece", "a path ending in .model or .json", "a folder that holds a tokenizer"]
         raise unknown("data.tokenizer", kind, choices)
     try:
-        model = Path(kind).read_bytes()
+        model = files.read_bytes(place)
     except OSError as error:
-        raise UserError(f"data.tokenizer: cannot read {kind!r}: {error.strerror}") from error
+        raise UserError(f"data.tokenizer: cannot read {kind!r}: {files.reason(error)}") from error
     return sentencepiece(model)
 
 

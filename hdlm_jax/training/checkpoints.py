@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hdlm_jax import files
 from hdlm_jax.errors import UserError, choose, require
 from hdlm_jax.training import manifest
 from hdlm_jax.training.distributed import everywhere, is_writer, meet
@@ -51,7 +51,7 @@ class Checkpoints:
         report: Callable[[str], None] = to_stderr,
     ):
         require(keep >= 1, "training.keep", keep, "a positive integer")
-        self.folder, self._keep, self._best, self._report = Path(folder).absolute(), keep, best, report
+        self.folder, self._keep, self._best, self._report = _absolute(folder), keep, best, report
         self._scores: dict[int, float] = {}
         self._writing: int | None = None
 
@@ -175,8 +175,8 @@ class Checkpoints:
     def _sweep(self) -> None:
         """Removes what a failed or killed save has left half-written; nothing is being written by now."""
         if is_writer():
-            for leftover in self.folder.glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in self._storage.half_written(self.folder):
+                files.remove(self.folder / leftover)
 
     def _saved_metrics(self, step: int) -> dict[str, float]:
         try:
@@ -192,10 +192,11 @@ class Checkpoints:
     def _set_aside(self, step: int) -> str:
         """Renames a step's folder to a name that is free, once for all processes."""
         names = (f"bad-{step}" + (f"-{i}" if i > 1 else "") for i in range(1, 10_000))
-        name = next(name for name in names if not (self.folder / name).exists())
+        taken = files.names(self.folder)
+        name = next(name for name in names if name not in taken)
         meet(f"checkpoint {name} chosen")
         if is_writer():
-            (self.folder / str(step)).rename(self.folder / name)
+            files.rename(self.folder / str(step), self.folder / name)
         meet(f"checkpoint {name} renamed")
         self._scores.pop(step, None)
         self._manager.reload()
@@ -225,7 +226,7 @@ def restore_params(
     from hdlm_jax.training import storage
 
     group = choose("weights", which, {"ema": "ema", "raw": "params"})
-    folder = Path(folder).absolute()
+    folder = _absolute(folder)
     with storage.manager(folder, reading=True) as manager:
         steps = manager.all_steps()
         remedy = f"a folder with a checkpoint: run `hdlm train --workdir {folder.parent}` first"
@@ -285,24 +286,29 @@ def _on_host(leaf: Any) -> np.ndarray:
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
+def _absolute(folder: str | Path) -> Path:
+    place = files.place(folder)
+    return place if files.is_remote(place) else place.absolute()
+
+
 def _check_writable(folder: Path) -> None:
     if jax.process_index():
         return
     probe = folder / ".writable"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
+        files.make_folder(folder)
+        files.write_whole(probe, "")
+        files.remove(probe)
+    except (OSError, UserError) as error:
         raise CheckpointError(f"checkpoints cannot be written to {folder}: {_reason(error)}") from error
 
 
 def _check_room(folder: Path, step: int, needed: int) -> None:
     """Raises `CheckpointError` if the disk is too full: one that fills up in mid-write leaves noisy threads."""
     try:
-        free = shutil.disk_usage(folder).free
+        free = files.free_bytes(folder)
     except OSError as error:
         raise CheckpointError(f"checkpoint {step} could not be written to {folder}: {_reason(error)}") from error
-    if not everywhere(needed < free):
+    if not everywhere(free is None or needed < free):
         room = f"it needs up to {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
         raise CheckpointError(f"checkpoint {step} could not be written to {folder}: {room}")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from hdlm_jax import files
+
 FOLDER = "hosts"
 
 
@@ -19,7 +21,7 @@ def beat(workdir: Path, done: int, seconds_per_step: float) -> None:
     largest of the host's process so far and what its fullest device holds (None where the device does not tell).
 
     Raises:
-      OSError: the folder cannot be written to.
+      UserError: the folder cannot be written to.
     """
     held = [(device.memory_stats() or {}).get("bytes_in_use") for device in jax.local_devices()]
     line = {
@@ -31,6 +33,4 @@ def beat(workdir: Path, done: int, seconds_per_step: float) -> None:
         "host_memory": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "device_memory": max((x for x in held if x is not None), default=None),
     }
-    (workdir / FOLDER).mkdir(exist_ok=True)
-    with open(workdir / FOLDER / f"process{jax.process_index()}.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    files.append(workdir / FOLDER / f"process{jax.process_index()}.jsonl", json.dumps(line))

@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from hdlm_jax import files
 from hdlm_jax.data import pipeline
 from hdlm_jax.data.prepare import Prepared
 from hdlm_jax.errors import UserError
@@ -22,7 +23,7 @@ from hdlm_jax.evaluation.perplexity import Bound
 from hdlm_jax.generation import sampling
 from hdlm_jax.generation.loop import Chain
 from hdlm_jax.models.parts import Parts
-from hdlm_jax.training import hosts, metrics, optimizer, profiler, replay, run_folder, sharding, signals, state
+from hdlm_jax.training import hosts, metrics, optimizer, profiler, replay, sharding, signals, state
 from hdlm_jax.training.checkpoints import Checkpoints
 from hdlm_jax.training.distributed import is_writer
 from hdlm_jax.training.goodput import Account
@@ -249,4 +250,4 @@ def _sample(run: Run, current: TrainState, done: int) -> dict[str, Any]:
 
 def _keep(run: Run, done: int, record: Mapping[str, Any]) -> None:
     path = run.workdir / "samples" / f"step{done}.json"
-    run_folder.write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    files.write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

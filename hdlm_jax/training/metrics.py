@@ -3,18 +3,21 @@
 import contextlib
 import json
 import math
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hdlm_jax import files
 from hdlm_jax.errors import UserError
-from hdlm_jax.training.run_folder import write_whole
 
 FILE = "metrics.jsonl"
+EVENTS_EVERY = 60.0  # seconds between copies of the TensorBoard events to a bucket
 
 
 class MetricsLog:
-    """Appends records to a run folder; every line is flushed, so that a kill loses one at most.
+    """Appends records to a run folder; every line is written at once, so that a kill loses one at most.
 
     Call `resume` before the first `write` when the folder may hold records already.
 
@@ -23,9 +26,11 @@ class MetricsLog:
     """
 
     def __init__(self, folder: str | Path):
-        self._path = Path(folder) / FILE
+        self._path = files.place(folder) / FILE
         self._purge: int | None = None
-        self._file = self._events = None
+        self._events: Any = None
+        self._scratch: tempfile.TemporaryDirectory | None = None  # holds what a bucket gets a copy of
+        self._copied = 0.0
 
     def resume(self, step: int) -> None:
         """Drops the records after `step`, the last step that is kept, and what a kill has torn.
@@ -35,7 +40,7 @@ class MetricsLog:
         """
         self.close()
         kept = [record for record in read(self._path.parent) if record["step"] <= step]
-        write_whole(self._path, "".join(map(_line, kept)))
+        files.write_whole(self._path, "".join(map(_line, kept)))
         self._purge = step + 1  # TensorBoard hides what older event files hold from here on
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -51,36 +56,48 @@ class MetricsLog:
         """
         record = {name: _plain(value) for name, value in values.items()} | {"step": int(step)}
         try:
+            files.append(self._path, _line(record))
             self._open()
-            self._file.write(_line(record))
-            self._file.flush()
             for name, value in record.items():
                 if name != "step" and isinstance(value, int | float):
                     self._events.add_scalar(name, value, record["step"])
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
+            if self._scratch is not None and time.monotonic() - self._copied >= EVENTS_EVERY:
+                self._copy()
+        except OSError as error:  # of the events
+            raise UserError(f"{self._path.parent}: cannot be written to ({files.reason(error)})") from error
 
     def close(self) -> None:
-        """Ends the files; a later `write` opens them again."""
-        for file in (self._file, self._events):
-            if file is not None:
-                file.close()
-        self._file = self._events = None
+        """Ends the event file; a later `write` begins another."""
+        if self._events is not None:
+            self._events.close()
+        self._events = None
+        if self._scratch is not None:
+            with contextlib.suppress(OSError):  # the numbers are in metrics.jsonl
+                self._copy()
+            self._scratch.cleanup()
+        self._scratch = None
 
     def _open(self) -> None:
-        if self._file is None:
+        if self._events is None:
             from tensorboardX import SummaryWriter
 
-            before = self._path.read_bytes() if self._path.is_file() else b""
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the log)
-            self._file.write("" if before.endswith(b"\n") or not before else "\n")
-            self._events = SummaryWriter(str(self._path.parent), purge_step=self._purge)
+            folder = self._path.parent
+            if files.is_remote(folder):
+                self._scratch = tempfile.TemporaryDirectory(prefix="hdlm-events-")
+                folder = Path(self._scratch.name)
+            self._events = SummaryWriter(str(folder), purge_step=self._purge)
+
+    def _copy(self) -> None:
+        self._copied = time.monotonic()
+        if self._events is not None:
+            self._events.flush()
+        files.copy_folder(Path(self._scratch.name), self._path.parent)
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
     """All records of a run folder, in order; a line torn by a kill is left out. Empty when there are none."""
-    path = Path(folder) / FILE
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    path = files.place(folder) / FILE
+    text = files.read_bytes(path).decode(errors="replace") if files.is_file(path) else ""
     records = []
     for line in text.split("\n"):
         with contextlib.suppress(ValueError):

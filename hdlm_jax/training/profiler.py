@@ -1,11 +1,13 @@
 """A profiler trace of some steps of a run, on request."""
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
+from hdlm_jax import files
 from hdlm_jax.errors import UserError, require
 
 FOLDER = "profile"
@@ -28,7 +30,7 @@ def traced(folder: Path, profile: tuple[int, int]) -> Iterator[Callable[[int], N
     """Traces `count` steps from `first` on into the folder.
 
     Args:
-      folder: of the trace.
+      folder: of the trace; one in a bucket gets it when it is whole.
       profile: (first, count); count 0 traces none.
 
     Yields:
@@ -36,11 +38,13 @@ def traced(folder: Path, profile: tuple[int, int]) -> Iterator[Callable[[int], N
     """
     first, count = profile
     tracing = False
+    scratch = tempfile.TemporaryDirectory(prefix="hdlm-trace-") if files.is_remote(folder) else None
+    here = folder if scratch is None else Path(scratch.name)
 
     def at(step: int) -> None:
         nonlocal tracing
         if count and step == first:
-            jax.profiler.start_trace(folder)
+            jax.profiler.start_trace(here)
             tracing = True
         elif tracing and step == first + count:
             stop()
@@ -50,8 +54,12 @@ def traced(folder: Path, profile: tuple[int, int]) -> Iterator[Callable[[int], N
         if tracing:
             jax.profiler.stop_trace()
             tracing = False
+            if scratch is not None:
+                files.copy_folder(here, folder)
 
     try:
         yield at
     finally:
         stop()
+        if scratch is not None:
+            scratch.cleanup()

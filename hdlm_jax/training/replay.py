@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from hdlm_jax import files
 from hdlm_jax.data import pipeline
 from hdlm_jax.data.prepare import Prepared
-from hdlm_jax.errors import UserError
 
 FILE = "skipped.jsonl"
 
@@ -44,8 +44,4 @@ def record(data: Prepared, seed: int, batch: int, step: int, rng: jax.Array, met
 
 def append(workdir: Path, record: Mapping[str, Any]) -> None:
     """Adds a record to skipped.jsonl of a run folder; raises `UserError` if it cannot be written."""
-    try:
-        with open(workdir / FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise UserError(f"{workdir / FILE}: cannot be written ({error.strerror})") from error
+    files.append(workdir / FILE, json.dumps(record))

@@ -9,9 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,32 +18,13 @@ import jax
 from ml_collections import ConfigDict
 
 from hdlm_jax import config as configs
+from hdlm_jax import files
 from hdlm_jax.errors import UserError, require
+from hdlm_jax.files import write_whole
+from hdlm_jax.training import lease
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
 LOCK = ".lock"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
-
-    Raises:
-      UserError: the folder cannot be written to; `path` is there and no file (a device must not be replaced).
-    """
-    temporary = None
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: cannot be written (it is no plain file)")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def refuse_other(workdir: Path, config: ConfigDict) -> None:
@@ -54,7 +33,7 @@ def refuse_other(workdir: Path, config: ConfigDict) -> None:
     Raises:
       UserError: the folder holds another experiment; the message shows the differing fields.
     """
-    if not (workdir / "config.json").exists():
+    if not files.is_file(workdir / "config.json"):
         return
     begun = read_config(workdir)
     begun.mesh.update(config.mesh)  # a checkpoint can be laid out anew: where a run goes on may change
@@ -75,8 +54,8 @@ def claim(workdir: Path, config: ConfigDict, manifest: Mapping[str, Any]) -> Non
     """
     refuse_other(workdir, config)
     about = {"corpus": manifest["corpus"], "tokenizer": manifest["tokenizer"]}
-    if (workdir / "data.json").exists():
-        begun = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
+    if files.is_file(workdir / "data.json"):
+        begun = json.loads(files.read_text(workdir / "data.json"))
         changes = [_change(part, begun[part], about[part]) for part in about if begun[part] != about[part]]
         if changes:
             raise UserError(f"data: not those that {workdir} began with: {'; '.join(changes)}; nothing was changed")
@@ -85,7 +64,7 @@ def claim(workdir: Path, config: ConfigDict, manifest: Mapping[str, Any]) -> Non
         ("env.json", json.dumps(environment(), indent=2, sort_keys=True) + "\n"),
         ("data.json", json.dumps(about, indent=2, sort_keys=True) + "\n"),
     ):
-        if not (workdir / name).exists():
+        if not files.is_file(workdir / name):
             write_whole(workdir / name, text)
 
 
@@ -94,16 +73,16 @@ def _change(part: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f"{part} was {named(old)}, is {named(new)}"
 
 
-def read_config(workdir: Path) -> ConfigDict:
+def read_config(workdir: str | Path) -> ConfigDict:
     """The experiment of a run folder.
 
     Raises:
       UserError: no such folder, no config.json in it, or a file that is no experiment.
     """
-    path = Path(workdir) / "config.json"
-    require(path.is_file(), "run folder", str(workdir), "a folder with a config.json, written by `hdlm train`")
+    path = files.place(workdir, "run folder") / "config.json"
+    require(files.is_file(path), "run folder", str(workdir), "a folder with a config.json, written by `hdlm train`")
     try:
-        return configs.from_json(path.read_text(encoding="utf-8"))
+        return configs.from_json(files.read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON (line {error.lineno}): {error.msg}") from error
 
@@ -126,16 +105,20 @@ def environment() -> dict:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the folder for this process; the lock goes with the process, however it ends.
+    """Holds the folder for this process; the lock goes with the process, however it ends (in a bucket: see `lease`).
 
     A folder that was made here and got nothing written into it is removed again.
 
     Raises:
       UserError: a live process trains in this folder, or the folder cannot be written to.
     """
-    made = not workdir.exists()
+    if files.is_remote(workdir):
+        with lease.held(workdir / LOCK, lambda message: print(message, file=sys.stderr, flush=True)):
+            yield
+        return
+    made = not files.is_dir(workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        files.make_folder(workdir)
         file = open(workdir / LOCK, "a+")  # noqa: SIM115 (held open for as long as the lock)
     except OSError as error:
         raise UserError(f"--workdir: {workdir} cannot be written to ({error.strerror})") from error
@@ -154,5 +137,5 @@ def locked(workdir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if made and [path.name for path in workdir.iterdir()] == [LOCK]:  # nothing came of it
-                shutil.rmtree(workdir)
+            if made and files.names(workdir) == [LOCK]:  # nothing came of it
+                files.remove(workdir)

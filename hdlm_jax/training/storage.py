@@ -17,10 +17,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
+from hdlm_jax import files
 from hdlm_jax.training import manifest
 from hdlm_jax.training.distributed import is_writer
 
 FILE = "manifest.json"
+COMMITTED = "commit_success.txt"  # Orbax's, in a bucket
 
 
 def manager(
@@ -62,9 +64,20 @@ def save(manager: ocp.CheckpointManager, step: int, leaves: Mapping[str, Array],
         finish.set_result(manifest.begin(leaves, metrics))
 
 
+def half_written(folder: Path) -> list[str]:
+    """Names in a checkpoints folder of what a failed or killed save has left; to be asked while nothing is written.
+
+    On a disk Orbax writes under another name and renames at the end; in a bucket a last object says that all is there.
+    """
+    there = files.names(folder)
+    if not files.is_remote(folder):
+        return [name for name in there if name.endswith(".orbax-checkpoint-tmp")]
+    return [name for name in there if name.isdigit() and not files.is_file(folder / name / COMMITTED)]
+
+
 def read_manifest(folder: Path, step: int) -> dict[str, Any]:
     """The manifest of one step; raises `Damaged` or `OSError`."""
-    return manifest.read((folder / str(step) / "manifest" / FILE).read_text())
+    return manifest.read(files.read_text(folder / str(step) / "manifest" / FILE))
 
 
 def read_leaves(manager: ocp.CheckpointManager, folder: Path, step: int, wanted: Mapping[str, Any], head: str = ""):
@@ -100,10 +113,10 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory, args):
         if is_writer():
-            (directory / FILE).write_text(json.dumps(args.finish()))
+            files.write_whole(directory / FILE, json.dumps(args.finish()))
 
     def restore(self, directory, args=None):
-        return manifest.read((directory / FILE).read_text())
+        return manifest.read(files.read_text(directory / FILE))
 
 
 @ocp.args.register_with_handler(_ManifestHandler, for_save=True, for_restore=True)

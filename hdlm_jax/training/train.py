@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from hdlm_jax import files
 from hdlm_jax.data import tokenizers
 from hdlm_jax.data.prepare import DataConfig, Prepared, open_or_prepare
 from hdlm_jax.diffusion import fields
@@ -44,9 +45,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: tuple[int, int] = (0
       UserError: bad config, a folder that holds another experiment or is in use, steps that stay without
         a finite loss (the last good checkpoint is kept).
     """
-    local = "://" not in str(workdir)
-    require(local, "--workdir", str(workdir), "a folder of this machine, or one that is mounted (gcsfuse, NFS)")
-    account, workdir = Account(), Path(workdir)
+    account, workdir = Account(), files.place(workdir, "--workdir")
     with contextlib.ExitStack() as held:
         with together(), account.spend("start"):
             profiler.check(profile)
@@ -84,12 +83,12 @@ def _claim(config: ConfigDict, workdir: Path, data: Prepared) -> None:
     if is_writer():
         run_folder.claim(workdir, config, data.manifest)
         data.tokenizer.save(workdir)
-    seen = (workdir / "config.json").is_file()
+    seen = files.is_file(workdir / "config.json")
     require(seen, "--workdir", str(workdir), "a folder that all processes share: process 0 has written to it")
 
 
 def _has_begun(workdir: Path) -> bool:
-    return any((workdir / "checkpoints").glob("[0-9]*"))
+    return any(name[0].isdigit() for name in files.names(workdir / "checkpoints"))
 
 
 def _initial(folder: str, parts: Parts, data: Prepared) -> dict | None:
@@ -100,7 +99,7 @@ def _initial(folder: str, parts: Parts, data: Prepared) -> dict | None:
     allowed = f"a run with the tokenizer of these data, or --config.data.tokenizer={folder}"
     require(same, "training.initial", folder, allowed)
     abstract = jax.eval_shape(lambda: transformer.init(parts.model, jax.random.key(0)))
-    return weights_file.restore(Path(folder), abstract, parts.model.vocabulary).params
+    return weights_file.restore(files.place(folder), abstract, parts.model.vocabulary).params
 
 
 def _begin(current: TrainState, initial: dict | None) -> TrainState:
@@ -131,14 +130,13 @@ def check(config: ConfigDict) -> None:
     require(config.sampler.steps >= 1, "sampler.steps", config.sampler.steps, "a positive integer")
     DataConfig.of(config.data.to_dict())
     if c.initial:
-        run_folder.read_config(Path(c.initial))
+        run_folder.read_config(c.initial)
     optimizer.check(config.optimizer)
     sharding.check_batch(c.batch, c.accumulation, sharding.mesh(config.mesh))
     parts = builders.build(config, num_tokens=256, bos_id=0)  # the vocabulary comes with the data
     fed = lambda x0: passes.rows(parts, x0, passes.noise(parts, jax.random.key(0), x0)).tokens  # picks the attention
     jax.eval_shape(fed, jax.ShapeDtypeStruct((1, config.data.length), np.int32))
-    shape = _chain(config, parts).shape_logits
-    jax.eval_shape(shape, jax.ShapeDtypeStruct((parts.model.vocabulary,), np.float32))
+    _chain(config, parts)
 
 
 def _chain(config: ConfigDict, parts: Parts) -> Chain:

@@ -5,6 +5,7 @@ The package `safetensors` is imported where it is used.
 
 import contextlib
 import hashlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from hdlm_jax import files
 from hdlm_jax.errors import UserError, one_of, require
 from hdlm_jax.training import checkpoints, manifest
 from hdlm_jax.training.sharding import named_leaves
@@ -79,12 +81,17 @@ def opened(path: Path) -> Iterator[Any]:
       UserError: no such file, one that is truncated or no safetensors, or the package is not installed.
     """
     library = _import_safetensors()
-    require(Path(path).is_file(), "weights", str(path), "a safetensors file")
+    require(files.is_file(path), "weights", str(path), "a safetensors file")
+    if files.is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="hdlm-weights-") as here:
+            files.copy(path, Path(here) / path.name)
+            with opened(Path(here) / path.name) as file:
+                yield file
+        return
     try:
         file = library.safe_open(path, "numpy")
     except (OSError, library.SafetensorError) as error:
-        size = Path(path).stat().st_size
-        reason = f"{path}: not a whole safetensors file ({size:,} bytes; {error}); fetch or write it again"
+        reason = f"{path}: not a whole safetensors file ({files.size(path):,} bytes; {error}); fetch or write it again"
         raise UserError(reason) from error
     with file:
         yield file
@@ -134,7 +141,7 @@ def restore(folder: Path, abstract: Any, vocabulary: int, which: str = "ema") ->
     Raises:
       UserError: no weights there, damaged ones, or those of another model.
     """
-    if (folder / NAME).is_file() and not (folder / "checkpoints").is_dir():
+    if files.is_file(folder / NAME) and not files.is_dir(folder / "checkpoints"):
         return read(folder / NAME, abstract, vocabulary, which)
     return Weights(*checkpoints.restore_params(folder / "checkpoints", abstract, which), which)
 

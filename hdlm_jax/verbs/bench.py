@@ -41,15 +41,17 @@ def run(args) -> int:
     """Measures, prints a table, and writes JSON where asked to."""
     import jax
 
+    from hdlm_jax import files
     from hdlm_jax.benchmarks.timing import table
-    from hdlm_jax.training.run_folder import environment, write_whole
+    from hdlm_jax.training.run_folder import environment
 
     rows, note = args.measure(args)
     devices = jax.devices()
     print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}; {note}")
     print(table(rows))
     if args.out:
-        write_whole(Path(args.out), json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+        about = {"environment": environment(), "rows": rows}
+        files.write_whole(files.place(args.out, "--out"), json.dumps(about, indent=2) + "\n")
     return 0
 
 
@@ -122,7 +124,7 @@ def _variance(args) -> tuple[list[dict], str]:
     _at_least("--batch", args.batch, 1)
     _at_least("--draws", args.draws, 2)
     seed, model = fields.seed("--seed", args.seed), lm.load(args.folder)
-    tokens_BxL, _ = model.held_out_windows(Path(args.folder), args.batch)
+    tokens_BxL, _ = model.held_out_windows(args.folder, args.batch)
     rows = variance.measure(model.parts, model.params, tokens_BxL, args.draws, seed)
     return rows, f"{args.draws} draws of the noise of {len(tokens_BxL)} held-out windows, step {model.step}"
 

@@ -49,7 +49,7 @@ def run(args) -> int:
     if args.text is not None:
         bound, unigram = model.perplexity(Path(args.text), args.draws, args.seed, args.batch, **chain), None
     else:
-        bound, unigram = model.held_out(Path(args.folder), args.draws, args.seed, args.batch, args.windows, **chain)
+        bound, unigram = model.held_out(args.folder, args.draws, args.seed, args.batch, args.windows, **chain)
     if args.json:
         print(json.dumps({**bound.to_json(), "unigram_bits_per_byte": unigram, "step": model.step}, indent=2))
         return 0

@@ -29,10 +29,8 @@ def run(args) -> int:
     import os
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler's slice is no device of this machine
-    from pathlib import Path
-
+    from hdlm_jax import files
     from hdlm_jax.planning import plan
-    from hdlm_jax.training.run_folder import write_whole
 
     config = configs.load(args.config, args.overrides)
     configs.require(args.slices >= 1, "--slices", args.slices, "a positive integer")
@@ -45,5 +43,6 @@ def run(args) -> int:
     found = plan.plan(config, args.topology, sizes, args.slices, args.what, args.vocabulary)
     print(plan.table(found))
     if args.json:
-        write_whole(Path(args.json), json.dumps({"versions": plan.versions(), **found}, indent=2) + "\n")
+        about = {"versions": plan.versions(), **found}
+        files.write_whole(files.place(args.json, "--json"), json.dumps(about, indent=2) + "\n")
     return 0 if found["fits"] else 1

@@ -52,11 +52,9 @@ def _config(args):
     """The experiment, or that of the run to start from."""
     if args.init is None:
         return configs.load(args.config, args.overrides)
-    from pathlib import Path
-
     from hdlm_jax.training import run_folder
 
-    config = run_folder.read_config(Path(args.init))
+    config = run_folder.read_config(args.init)
     changes = {"training.initial": args.init, "data.tokenizer": args.init, **args.overrides}
     return configs.override(config, changes)
 

@@ -1,4 +1,4 @@
-"""The run folder: whole files, one experiment on one data set per folder, one live process."""
+"""The run folder: one experiment on one data set per folder, one live process."""
 
 import json
 import os
@@ -31,41 +31,6 @@ def contents(folder):
 
 def other_data():
     return MANIFEST | {"corpus": {"name": "text a.txt", "sha256": "c" * 64}}
-
-
-# ---- whole files
-
-
-def test_a_file_is_written_whole_with_the_folders_on_the_way(tmp_path):
-    path = tmp_path / "a" / "b" / "x.json"
-    run_folder.write_whole(path, "é\n")
-    run_folder.write_whole(path, "ü\n")
-    assert path.read_text(encoding="utf-8") == "ü\n"
-    assert contents(tmp_path).keys() == {"a/b/x.json"}
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
-    path = tmp_path / "x.json"
-    run_folder.write_whole(path, "old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match=r"x\.json: cannot be written \(No space left on device\)"):
-        run_folder.write_whole(path, "new")
-    assert contents(tmp_path) == {"x.json": b"old"}
-
-
-def test_what_is_no_file_is_not_replaced(tmp_path):
-    """A folder, or a pipe in the place of a device: the null device of the machine, say."""
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    for name in ("folder", "pipe"):
-        with pytest.raises(UserError, match="cannot be written .it is no plain file"):
-            run_folder.write_whole(tmp_path / name, "text")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
-    assert (tmp_path / "pipe").is_fifo()
 
 
 # ---- one experiment, one data set
