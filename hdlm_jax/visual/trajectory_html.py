@@ -21,8 +21,8 @@ import numpy as np
 from hdlm_jax.data.tokenizers import Tokenizer
 from hdlm_jax.diffusion.hyperschedules import ACTIVE, SETTLED, WORTHLESS
 from hdlm_jax.errors import require
+from hdlm_jax.files import write_whole
 from hdlm_jax.generation.trajectory import Trajectory
-from hdlm_jax.training.run_folder import write_whole
 from hdlm_jax.visual.figures import LEVEL_COLORS
 from hdlm_jax.visual.token_texts import token_texts, visible
 
