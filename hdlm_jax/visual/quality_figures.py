@@ -35,10 +35,10 @@ def frontier(entropy: Sequence[float], nats: Sequence[float]) -> np.ndarray:
 
 
 def steps_quality(rows: Rows, value: str = NATS, title: str = "") -> Figure:
-    """Draws a quantity against the number of model calls, one curve per sampler, its knee ringed.
+    """Draws a quantity against the number of model calls, one curve per sampler, its knee ringed where it falls.
 
     The knee is that of `diagnostics.knee`: with log(calls) and the values each scaled to [0, 1] over the curve, the
-    point farthest below the line from the fewest calls to the most. A curve of fewer than three points has none.
+    point farthest below the line from the fewest calls to the most, of three or more.
 
     Args:
       rows: see above; the standard error is that of the judge's nats.
@@ -54,7 +54,7 @@ def steps_quality(rows: Rows, value: str = NATS, title: str = "") -> Figure:
     for i, (name, points) in enumerate(curves.items()):
         calls, values = _column(points, "calls"), _column(points, value)
         error = _column(points, "standard error") if value == NATS and "standard error" in points[0] else None
-        bend = knee(calls, values) if len(calls) > 2 else None
+        bend = knee(calls, values) if len(calls) > 2 and values[-1] < values[0] else None
         label = name if bend is None else f"{name} (knee at {calls[bend]:g} calls)"
         style = {"color": COLORS[i % len(COLORS)], "marker": _MARKERS[i % len(_MARKERS)], "linewidth": 1.6}
         panel.errorbar(calls, values, error, capsize=3, label=label, **style)

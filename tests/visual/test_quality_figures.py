@@ -40,6 +40,14 @@ def test_two_points_have_no_knee():
     assert [container.get_label() for container in panel.containers] == ["ancestral"]
 
 
+def test_a_rising_curve_has_no_knee():
+    rows = [
+        {"sampler": "acs", "calls": calls, "entropy": x} for calls, x in zip(CALLS, [1, 1.1, 1.2, 2, 3], strict=True)
+    ]
+    (panel,) = quality_figures.steps_quality(rows, "entropy").axes
+    assert [container.get_label() for container in panel.containers] == ["acs"]
+
+
 def test_any_other_value_is_drawn_without_the_error_of_the_judge():
     (panel,) = quality_figures.steps_quality(ROWS, "entropy").axes
     assert panel.get_ylabel() == "entropy"
