@@ -6,7 +6,8 @@ Diffusion Models with Inference-Time Scaling"),
   token   stays with probability 1 - sigma, else becomes the mask
   mask    becomes a token of p~ with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)
 
-which keeps the marginals for every 0 <= sigma <= sigma_max = min(1, (1 - alpha_s) / alpha_t). sigma = 0 is `ancestral`.
+which keeps the marginals for every 0 <= sigma <= sigma_max = min(1, (1 - alpha_s) / alpha_t) that does not depend on
+the tokens (so for all but conf, which leaves some more masks on the way). sigma = 0 is `ancestral`.
 For epsilon_hybrid the same holds with p~ = (1 - epsilon) p + epsilon/N, p read as a posterior; its last step is exact,
 x ~ p at masks and tokens, as in diffusion/reverse.py. The rules differ in sigma:
 

@@ -66,7 +66,14 @@ def test_samplers_get_the_dials_that_they_have():
     made = tiny.build(5, 8, **EPSILON, **FLAT)
     for kind in ("acs", "acs_published", "ancestral"):
         sampler = config.override(config.default(), {"sampler.kind": kind}).sampler
-        assert parts.build_reverse(sampler, made.process, made.loss.reading).name == kind
+        assert parts.build_rule(sampler, made.process, made.loss.reading).name == kind
+
+
+def test_the_dials_of_another_sampler_are_refused():
+    made = tiny.build(5, 8, **EPSILON, **FLAT)
+    sampler = config.override(config.default(), {"sampler.kind": "remdm_cap", "sampler.threshold": 0.9}).sampler
+    with pytest.raises(UserError, match="sampler.threshold: got 0.9; allowed: nothing: 'remdm_cap' has the dials eta"):
+        parts.build_rule(sampler, made.process, made.loss.reading)
 
 
 @pytest.mark.parametrize(
