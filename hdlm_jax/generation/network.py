@@ -27,11 +27,11 @@ def recomputed_logits(
     moves = jnp.where(given_BxL, 0.0, phase.steps)
     phase = phase._replace(**dict(zip(("alpha_t", "alpha_s"), alphas, strict=True)), steps=moves)
     if not chain.guidance:
-        return phase, _all_rows(chain, params, x_BxL, phase)
+        return phase, all_rows(chain, params, x_BxL, phase)
     masked_BxL = jnp.where(given_BxL, chain.process.mask, x_BxL)
     noise = phase._replace(alpha_t=jnp.where(given_BxL, chain.alpha(chain.hs.tau_max), phase.alpha_t))
     both = jax.tree.map(lambda *x: jnp.concatenate(x), phase, noise)
-    scores = _all_rows(chain, params, jnp.concatenate([x_BxL, masked_BxL]), both)
+    scores = all_rows(chain, params, jnp.concatenate([x_BxL, masked_BxL]), both)
     return phase, guided(*jnp.split(scores, 2), chain.guidance, chain.process.num_tokens)
 
 
@@ -46,7 +46,8 @@ def guided(with_BxLxV: Array, without_BxLxV: Array, guidance: float, num_tokens:
     return jnp.concatenate([scores, with_BxLxV[..., num_tokens:]], -1)
 
 
-def _all_rows(chain: Chain, params: dict, x_BxL: Array, phase: phases.Phase) -> Array:
+def all_rows(chain: Chain, params: dict, x_BxL: Array, phase: phases.Phase) -> Array:
+    """The scores [B, L, V] of all rows of texts at a phase."""
     rows = layouts.plain(chain.config, x_BxL, phase, trailing_row(chain))
     hidden, _ = forward(
         chain.config, params, rows.tokens, rows.positions, rows.attention, sigma_BxR=chain.sigma(rows.alpha)
