@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import softmax
 
-from hdlm_jax.diffusion import noise_schedules, noising, reverse
+from hdlm_jax.diffusion import bounds, noise_schedules, noising, reverse
 from tests.diffusion.kernels import check_bound, check_step, time_of
 from tests.oracle import hdlm_oracle as oracle
 
@@ -54,6 +55,21 @@ def test_posteriors_of_a_large_vocabulary_in_float32():
         posterior_V, reverse_V = tables(z)
         np.testing.assert_allclose(posterior_V, oracle.posterior(chain, s, t, z, 7), rtol=1e-5, atol=1e-12)
         np.testing.assert_allclose(reverse_V, oracle.reverse_kernel(chain, s, t, z, probs_N), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(("num_tokens", "tolerance"), [(8, 1e-6), (50257, 1e-5)])
+def test_the_bound_at_continuous_times_in_float32(num_tokens, tolerance):
+    """At masks, clean and random tokens, relative to the oracle's sum."""
+    process, chain = noising.gidd(num_tokens, 0.2), oracle.gidd_hybrid(num_tokens, 0.2)
+    rng, R = np.random.default_rng(1), 12
+    scores = (2 * rng.normal(size=(R, num_tokens))).astype(np.float32)
+    x0, alpha = rng.integers(0, num_tokens, R), np.linspace(0.02, 0.98, R, dtype=np.float32)
+    zt = np.choose(np.arange(R) % 3, [x0, np.full(R, num_tokens), rng.integers(0, num_tokens, R)])
+    ours = jax.jit(lambda *rows: bounds.integrand(process, "cavity", *rows))
+    ours = ours(np.pad(scores, ((0, 0), (0, 1)), constant_values=-np.inf), x0, zt, alpha)
+    rows = zip(alpha.astype(float), zt[:, None], x0[:, None], softmax(scores.astype(float), -1)[:, None], strict=True)
+    theirs = [oracle.gidd_nelbo_integrand(chain, 1 - a, z, x, xbar)[0] for a, z, x, xbar in rows]
+    np.testing.assert_allclose(ours, theirs, rtol=tolerance)
 
 
 def test_the_ancestral_step_draws_from_the_kernel():

@@ -162,6 +162,22 @@ def test_smoothed_kl_is_the_sum_over_the_vocabulary(epsilon):
         np.testing.assert_allclose(ours(jnp.asarray(scores), x0, N, epsilon), theirs, atol=1e-12)
 
 
+@pytest.mark.parametrize(("num_tokens", "tolerance"), [(8, 1e-6), (50257, 1e-5)])
+def test_smoothed_kl_in_float32(num_tokens, tolerance):
+    """Relative to the sum of the absolute terms of its closed form."""
+    rng, R = np.random.default_rng(7), 8
+    scores = (rng.normal(size=(R, num_tokens)) * 2).astype(np.float32)
+    x0, log_p = rng.integers(0, num_tokens, R), log_softmax(scores.astype(float), -1)
+    ours = jax.jit(losses.smoothed_kl, static_argnums=(2, 3))
+    for epsilon in (0.01, 0.5):
+        c, h = 1 - epsilon, epsilon / num_tokens
+        log_smooth = np.log(c * np.exp(log_p) + h)
+        constants = (c + h) * np.log(c + h), (num_tokens - 1) * h * np.log(h)
+        terms = [*(np.full(R, x) for x in constants), -c * log_smooth[np.arange(R), x0], -h * log_smooth.sum(1)]
+        error = np.abs(ours(jnp.asarray(scores), x0, num_tokens, epsilon) - sum(terms))
+        assert (error < tolerance * sum(map(np.abs, terms))).all()
+
+
 @pytest.mark.parametrize("epsilon", [0.01, 0.5, 0.95])
 @pytest.mark.parametrize("reading", noising.READINGS)
 def test_posterior_cross_entropy_is_that_of_the_converted_probabilities(epsilon, reading):
