@@ -1,8 +1,11 @@
 """`hdlm VERB ...`, the same as `python -m hdlm_jax VERB ...`."""
 
 import argparse
+import glob
 import importlib
+import importlib.util
 import keyword
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +15,7 @@ VERBS = {
     "prepare": "tokenise a corpus once into fixed windows",
     "train": "train an experiment; the same command again resumes it",
     "evaluate": "the bound on held-out or any text, in nats, perplexity and bits per byte",
+    "diagnose": "what a run makes of its context, its confidence and wrong tokens; what its texts are like",
     "sample": "generate texts from a run",
     "import": "make a run folder of a published checkpoint",
     "export": "write a run's weights in another form",
@@ -32,6 +36,7 @@ verbs that take --config: --config.model.hidden=128"""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0, or 2 after bad input (one line on the standard error)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _look_for_no_tpu_in_vain()
     try:
         args = _parse(arguments)
         return args.module.run(args) or 0
@@ -42,6 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output (head, say) went away
         return 0
+
+
+def _look_for_no_tpu_in_vain() -> None:
+    """Takes the CPU at once on a machine without an accelerator where libtpu is installed, as `hdlm plan` needs it.
+
+    JAX would search for TPUs there for some seconds, with warnings. JAX_PLATFORMS decides where it is set.
+    """
+    devices = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+    if importlib.util.find_spec("libtpu") and not any(map(glob.glob, devices)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 class _Parser(argparse.ArgumentParser):

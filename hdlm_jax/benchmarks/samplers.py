@@ -1,12 +1,8 @@
-"""What samplers make of one run at several rates: corrections, entropy, perplexity under an independent judge."""
+"""What samplers make of one run at several rates: corrections, variety, perplexity under an independent judge."""
 
-import numpy as np
-
-from hdlm_jax.errors import require
-from hdlm_jax.evaluation import quality
+from hdlm_jax.benchmarks.texts import NATS, check_judge, judged_row
+from hdlm_jax.evaluation import diagnostics, diversity, quality
 from hdlm_jax.lm import LanguageModel
-
-DRAWS = 8  # of the noise of a judge that has noise
 
 
 def measure(
@@ -17,7 +13,7 @@ def measure(
     texts: int,
     seed: int,
 ) -> list[dict]:
-    """Generates `texts` texts with every sampler at every rate.
+    """Generates `texts` texts with every sampler at every rate; `knee` marks where more calls stop paying.
 
     Args:
       model: the run that generates, under its own hyperschedule.
@@ -28,23 +24,25 @@ def measure(
     Raises:
       UserError: a judge of another tokenizer; whatever `LanguageModel.generate` refuses.
     """
-    same = model.tokenizer.fingerprint == judge.tokenizer.fingerprint
-    require(same, "--judge", judge.tokenizer.name, "a run with the tokenizer of --run")
-    return [_row(model, judge, name, dials, rate, texts, seed) for name, dials in samplers for rate in rates]
+    check_judge(model, judge)
+    rows = []
+    for name, dials in samplers:
+        found = [_row(model, judge, name, dials, rate, texts, seed) for rate in rates]
+        knee = diagnostics.knee([row["calls"] for row in found], [row[NATS] for row in found])
+        rows += [{**row, "knee": "yes" if i == knee else ""} for i, row in enumerate(found)]
+    return rows
 
 
 def _row(model: LanguageModel, judge: LanguageModel, name: str, dials: dict, rate: str, texts: int, seed: int) -> dict:
     L = model.parts.model.length
     pace = {"steps": round(L / float(rate))} if model.parts.hs.kind == "flat" else {"rate": rate}
     out = model.generate(num_samples=texts, seed=seed, record=True, sampler=name, **dials, **pace)
-    nats_B = quality.judged(judge.parts, judge.params, out.tokens, DRAWS, seed)
     return {
         "sampler": " ".join([name, *(f"{dial} {x:g}" for dial, x in dials.items())]),
         "rate": rate,
-        "calls": out.hyperschedule.num_steps,
-        "corrected": quality.corrected_share(out.trajectory, model.parts.process.mask),
-        "entropy": quality.entropy(out.tokens),
-        "judge nats/token": float(nats_B.mean()),
-        "standard error": float(nats_B.std(ddof=1) / texts**0.5),
-        "judge perplexity": float(np.exp(nats_B.mean())),
+        "calls": out.calls,
+        "corrected": quality.corrected_share(out.trajectory),
+        "entropy": diversity.entropy(out.tokens),
+        "distinct-2": diversity.distinct(out.tokens, 2),
+        **judged_row(judge, out.tokens, seed),
     }

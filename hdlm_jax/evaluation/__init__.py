@@ -1,1 +1,1 @@
-"""Evaluation: the bound on held-out or any text."""
+"""Evaluation: the bound on held-out or any text, the quality of generated texts, diagnostics of a model."""

@@ -1,34 +1,17 @@
-"""Diagnostics of networks whose answers are known: the exact posterior of independent tokens, and a bag of tokens."""
+"""Diagnostics of networks whose answers are known: the exact posterior of independent tokens, a bag of tokens."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hdlm_jax.diffusion import reverse
 from hdlm_jax.errors import UserError
-from hdlm_jax.evaluation import diagnostics, perplexity
-from hdlm_jax.models import passes
+from hdlm_jax.evaluation import diagnostics
+from tests.evaluation.known import BLOCK, EPS, LAW, L, N, knowing, texts
 from tests.models import tiny
 
-LAW = np.array([0.6, 0.25, 0.1, 0.05])  # of independent tokens
-N, L, EPSILON = len(LAW), 6, 0.2
-EPS = {"noising__epsilon": EPSILON, "loss__kind": "epsilon_nelbo", "sampler__steps": 8}
-BLOCK = {"model__visibility": "prefix", "hyperschedule__kind": "block", "hyperschedule__width": 3}
-BLOCK |= {"hyperschedule__rate": "1", "loss__origin_share": 0.0}
 AR = {"model__visibility": "prefix", "model__prediction": "shifted", "hyperschedule__kind": "quenched"}
 AR |= {"noising__kind": "absorb", "loss__kind": "absorb_nelbo", "sampler__kind": "ancestral", "noising__epsilon": None}
-
-
-def texts(count, seed=0):
-    return np.random.default_rng(seed).choice(N, (count, L), p=LAW).astype(np.int32)
-
-
-def knowing(made, sharpness=1.0):
-    """The network that predicts `LAW` whatever it sees: exact for independent tokens under the reading 'cavity'."""
-    params = jax.tree.map(np.zeros_like, tiny.random_params(made.model))
-    bias = np.append(sharpness * np.log(LAW), np.zeros(made.model.padded_vocabulary - N))
-    return params | {"head_bias": bias.astype(np.float32)}
 
 
 def bag(made):
@@ -125,8 +108,8 @@ def test_the_exact_posterior_is_calibrated_at_masks_and_tokens(token):
     report = diagnostics.calibration(made, knowing(made), texts(400), token, bins=20, draws=2, batch=400)
     assert {row["at"] for row in report.rows} == {"masks", "tokens"}
     for row in report.rows:
-        error = np.sqrt(row["confidence"] * (1 - row["confidence"]) / row["predictions"])
-        assert abs(row["right"] - row["confidence"]) < 4 * error + 1e-6, row
+        error = np.sqrt(row["confidence"] * (1 - row["confidence"]) / row["count"])
+        assert abs(row["accuracy"] - row["confidence"]) < 4 * error + 1e-6, row
     if token == "sampled":
         masks = [row["confidence"] for row in report.rows if row["at"] == "masks"]
         np.testing.assert_allclose(masks, sorted(LAW), atol=1e-6)
@@ -160,107 +143,19 @@ def test_unknown_tokens_and_bins_are_refused():
         diagnostics.calibration(made, {}, texts(1))
 
 
-# ---- corrections
-
-
-def expected_repair():
-    """Probabilities that a token is restored and damaged by an exact last call after a uniform share EPSILON."""
-    noise_NxN = (1 - EPSILON) * np.eye(N) + EPSILON / N  # q(z | x)
-    joint_NxN = LAW[:, None] * noise_NxN
-    posterior_NxN = joint_NxN / joint_NxN.sum(0)  # [x, z]
-    restored = sum(joint_NxN[x, z] * posterior_NxN[x, z] for x in range(N) for z in range(N) if x != z)
-    damaged = sum(joint_NxN[x, x] * (1 - posterior_NxN[x, x]) for x in range(N))
-    return restored, damaged
-
-
-@pytest.mark.parametrize("fields", [EPS, EPS | BLOCK], ids=["flat", "block"])
-def test_the_last_call_repairs_as_the_posterior_says(fields):
-    made, x0_WxL = tiny.build(N, L, **fields), texts(1500)
-    step = reverse.acs(made.process, eta=1.0, reading="cavity")
-    report = diagnostics.repair(made, knowing(made), x0_WxL, step, share=EPSILON, calls=1, batch=1500)
-    (row,), count = report.rows, x0_WxL.size
-    assert (row["call"], row["level after"], row["tokens"]) == (1, 0, count)
-    chances = {"wrong": EPSILON * (1 - 1 / N)} | dict(zip(diagnostics.CHANGES[2:4], expected_repair(), strict=True))
-    for name, p in chances.items():
-        assert abs(row[name] - p * count) < 4 * np.sqrt(count * p * (1 - p)), name
-    assert report.summary["wrong -> right"] == row["wrong -> right"]
-
-
-def test_every_call_of_a_repair_follows_its_table():
-    """Wrong tokens after each call, against the product of the exact kernels: h = 1 - 1/level at eta 1."""
-    made, x0_WxL = tiny.build(N, L, **EPS), texts(2000)
-    step = reverse.acs(made.process, eta=1.0, reading="cavity")
-    report = diagnostics.repair(made, knowing(made), x0_WxL, step, share=EPSILON, calls=4, batch=2000)
-    assert [row["level after"] for row in report.rows] == [3, 2, 1, 0]
-    noise_NxN = (1 - EPSILON) * np.eye(N) + EPSILON / N
-    posterior_NxN = (LAW[:, None] * noise_NxN / (LAW @ noise_NxN)).T  # [z, x]
-    state_NxN = noise_NxN  # [x0, z]
-    for row in report.rows:
-        h = 1 - 1 / (row["level after"] + 1)
-        again_NxN = (1 - h) * np.eye(N) + h * posterior_NxN @ noise_NxN
-        state_NxN = state_NxN @ (again_NxN if row["level after"] else posterior_NxN)
-        p = 1 - LAW @ np.diag(state_NxN)
-        wrong = row["wrong"] - row["wrong -> right"] + row["right -> wrong"]
-        assert abs(wrong - p * x0_WxL.size) < 4 * np.sqrt(x0_WxL.size * p * (1 - p)), row
-
-
-def test_nothing_is_corrected_at_eta_0_but_in_the_last_call():
-    made = tiny.build(N, L, **EPS)
-    step = reverse.acs(made.process, eta=0.0, reading="cavity")
-    earlier, last = diagnostics.repair(made, knowing(made), texts(200), step, share=0.5, calls=2, batch=200).rows
-    assert earlier["wrong -> right"] == earlier["right -> wrong"] == earlier["wrong -> other wrong"] == 0
-    assert last["wrong -> right"] > 0 and last["right -> wrong"] > 0
-    first, final = diagnostics.corrections(made, knowing(made), texts(300), step, draws=2, batch=300).rows
-    assert (first["call"], final["call"]) == ("earlier", "last")
-    assert first["wrong"] > 0 and first["wrong -> right"] == first["right -> wrong"] == 0
-    assert final["wrong -> right"] > 0
-
-
-def test_one_call_corrects_as_its_table_says():
-    """Restored and damaged tokens of the earlier calls of ACS, against the exact kernel at the same noise."""
-    made, x0_WxL = tiny.build(N, L, **EPS), texts(1000)
-    step = reverse.acs(made.process, eta=1.0, reading="cavity")
-    earlier, _ = diagnostics.corrections(made, knowing(made), x0_WxL, step, draws=1, batch=1000).rows
-    noise = jax.jit(lambda rng: passes.noise(perplexity.in_steps(made), rng, jnp.asarray(x0_WxL), training=False))
-    noised = noise(jax.random.key(5))
-    here = np.asarray((noised.zt < N) & (noised.phase.alpha_s < 1))
-    table = jax.vmap(lambda z, t, s: step.kernel(z, jnp.asarray(LAW, jnp.float32), t, s))
-    law_KxV = np.asarray(table(noised.zt[here], noised.phase.alpha_t[here], noised.phase.alpha_s[here]))
-    x0_K, zt_K = x0_WxL[here], np.asarray(noised.zt)[here]
-    right_K = law_KxV[np.arange(len(x0_K)), x0_K]
-    shares = {"wrong -> right": right_K[x0_K != zt_K].sum(), "right -> wrong": (1 - right_K[x0_K == zt_K]).sum()}
-    for name, expected in shares.items():  # two draws of the noise
-        assert abs(earlier[name] - expected * earlier["tokens"] / len(x0_K)) < 5 * np.sqrt(2 * expected), name
+# ---- the knee
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("calls", "nats", "expected"),
     [
-        ({"share": 0.0}, r"--share: got 0.0; allowed: a number in \(0, 1\)"),
-        ({"calls": 9}, r"--calls: got 9; allowed: a whole number from 1 to 8 \(the levels of the hyperschedule\)"),
+        ([1, 2, 4, 8], [4.0, 2.0, 1.9, 1.8], 1),
+        ([8, 4, 2, 1], [1.8, 1.9, 2.0, 4.0], 2),  # in any order
+        ([1, 2, 4], [3.0, 2.0, 1.0], None),  # a straight line on the log scale
+        ([1, 2, 4], [3.0, 2.9, 1.0], None),  # calls pay ever more
+        ([1, 2], [3.0, 1.0], None),
+        ([1, 2, 4], [1.0, 1.0, 1.0], None),
     ],
 )
-def test_repairs_out_of_range_are_refused(given, message):
-    made = tiny.build(N, L, **EPS)
-    with pytest.raises(UserError, match=message):
-        diagnostics.repair(made, {}, texts(4), reverse.acs(made.process, eta=0.5), **given)
-
-
-def test_a_window_of_many_levels_is_refused():
-    made = tiny.build(N, L, **EPS | BLOCK | {"hyperschedule__kind": "slide"})
-    with pytest.raises(UserError, match="hyperschedule.kind: got 'slide'; allowed: 'flat' or 'block'"):
-        diagnostics.repair(made, {}, texts(4), reverse.acs(made.process, eta=0.5))
-
-
-# ---- numbers
-
-
-def test_z_counts_windows_not_positions():
-    counts = dict.fromkeys(diagnostics.CHANGES, np.zeros((1, 3), int)) | {"wrong -> right": np.array([[4, 0, 2]])}
-    assert diagnostics._changes(counts)["z"] == pytest.approx(2 / (2 / np.sqrt(3)))
-
-
-@pytest.mark.parametrize(("calls", "nats"), [([1, 2], [2, 1]), ([1, 1, 2], [3, 2, 1]), ([1, 2, 3], [3, 2])])
-def test_a_knee_needs_three_ascending_points(calls, nats):
-    with pytest.raises(UserError, match="calls: got .*; allowed: at least three numbers of calls, ascending"):
-        diagnostics.knee(calls, nats)
+def test_the_knee_is_where_calls_stop_paying(calls, nats, expected):
+    assert diagnostics.knee(calls, nats) == expected

@@ -98,10 +98,11 @@ def test_variance(measured, smoke_run):
 
 def test_samplers(measured, smoke_run):
     """Every sampler at every rate; tokens may change in an exact last step too, so that no sampler is without."""
-    given = ["--run", smoke_run, "--judge", smoke_run, "--rate", 2, 4, "--eta", 0.5, "--num", 4]
-    found = measured("samplers", *given, sizes=[], note="; 4 texts of 32 tokens, epsilon_hybrid, step 6")
+    given = ["--run", smoke_run, "--judge", smoke_run, "--rate", 2, 4, "--eta", 0.5, "--num", 32]
+    found = measured("samplers", *given, sizes=[], note="; 32 texts of 32 tokens, epsilon_hybrid, step 6")
     assert [row["sampler"] for row in found] == ["ancestral"] * 2 + ["acs eta 0.5"] * 2
     assert [row["calls"] for row in found] == [19, 9] * 2  # floor(31 / rate) + 8 / rate
     assert all(0 < row["corrected"] <= 1 for row in found)
-    assert all(0 < row["entropy"] <= math.log(32) for row in found)
+    assert all(0 < row["entropy"] <= math.log(32) and 0 < row["distinct-2"] <= 1 for row in found)
+    assert {row["knee"] for row in found} == {""}  # two points have none
     assert found[0]["judge perplexity"] == pytest.approx(math.exp(found[0]["judge nats/token"]))

@@ -12,12 +12,17 @@ from hdlm_jax.__main__ import VERBS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = [("draw", "hyperschedule"), ("draw", "visibility"), ("draw", "loss"), ("bench", "train"), ("bench", "sample")]
+KINDS += [("diagnose", "repair")]
 FLAGS = {
     ("prepare",): ["--config", "--data", "--out"],
     ("train",): ["--config", "--init", "--workdir"],
     ("import",): ["--workdir", "--tokenizer"],
     ("export",): ["--format", "--weights"],
     ("evaluate",): ["--run", "--text", "--draws", "--batch", "--windows", "--seed", "--weights", "--json"],
+    ("diagnose", "context"): ["--run", "--weights", "--windows", "--seed", "--batch", "--draws", "--out"],
+    ("diagnose", "calibration"): ["--token", "--bins", "--draws", "--out"],
+    ("diagnose", "repair"): ["--sampler", "--eta", "--share", "--calls", "--batch", "--out"],
+    ("diagnose", "texts"): ["--judge", "--clusters", "--causal-judge", "--causal-python", "--out"],
     ("sample",): [
         *("--run", "--num", "--prompt", "--length", "--seed", "--weights", "--out"),
         *("--sampler", "--eta", "--temperature", "--top-p", "--top-k"),
