@@ -295,7 +295,8 @@ class LanguageModel:
             if name not in names:
                 raise configs.unknown("generate", name, names)
         given = {name: value for name, value in dials.items() if name in c.sampler and value is not None}
-        given |= {} if sampler is None else {"kind": sampler}
+        if sampler is not None and sampler != c.sampler.kind:  # the experiment's dials are those of its own sampler
+            given = {name: None for name in samplers.DIALS if name != "eta"} | given | {"kind": sampler}
         c = configs.override(c, {f"sampler.{name}": value for name, value in given.items()})
         has_eta = "eta" not in given or "eta" in samplers.dials_of(c.sampler.kind)
         require(has_eta, "sampler.eta", given.get("eta"), f"nothing for {c.sampler.kind!r}, which has no such dial")

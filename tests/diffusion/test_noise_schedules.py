@@ -129,6 +129,32 @@ def test_sigma_with_another_margin_and_for_a_schedule_of_one_s_own():
     assert nss.sigma_range(square)[1] == pytest.approx(-2 * math.log(1e-4))
 
 
+# ---- the plateau, for sampling
+
+
+@pytest.mark.parametrize("base", [nss.linear(), nss.cosine(), nss.polynomial(2)], ids=lambda schedule: schedule.name)
+def test_a_plateau_rises_to_its_alpha_rests_and_goes_on(base):
+    schedule = nss.plateau(base, t_on=0.6, t_off=0.25, alpha_on=0.8)
+    with jax.enable_x64():
+        u = jnp.linspace(0, 1, 201)
+        alpha = np.asarray(schedule.alpha(u))
+        above, below = np.asarray(u) > 0.6, np.asarray(u) < 0.25
+        np.testing.assert_allclose(alpha[above], 0.8 * base.alpha((u[above] - 0.6) / 0.4), rtol=1e-12)
+        np.testing.assert_array_equal(alpha[~above & ~below], 0.8)
+        np.testing.assert_allclose(alpha[below], 0.8 + 0.2 * base.alpha(u[below] / 0.25), rtol=1e-12)
+        assert (np.diff(alpha) <= 0).all() and (alpha[0], alpha[-1]) == (1, 0)
+        inner, h = jnp.array([0.03, 0.2, 0.3, 0.55, 0.65, 0.9]), 1e-6
+        central = (schedule.alpha(inner + h) - schedule.alpha(inner - h)) / (2 * h)
+        np.testing.assert_allclose(schedule.derivative(inner), central, rtol=1e-5, atol=1e-8)
+
+
+def test_under_a_plateau_a_network_is_shown_the_noise_levels_that_it_knows():
+    schedule = nss.plateau(nss.linear(), t_on=0.55, t_off=0.05, alpha_on=0.9)
+    alpha = jnp.array([1.0, 0.9, 0.0])
+    np.testing.assert_array_equal(schedule.sigma(alpha), nss.linear().sigma(alpha))
+    assert schedule == nss.plateau(nss.linear(), t_on=0.55, t_off=0.05, alpha_on=0.9)
+
+
 # ---- values, configs, bad input
 
 

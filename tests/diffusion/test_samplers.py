@@ -53,7 +53,12 @@ def test_every_dial_is_a_field_of_the_experiment():
         ("remdm_cap", ABSORB, {"eta": -0.1}, "sampler.eta: got -0.1"),
         ("remdm_conf", ABSORB, {"eta": 0.1}, "sampler.eta"),
         ("remdm_switch", ABSORB, {"t_switch": 0}, r"sampler.t_switch: got 0; allowed: a number in \(0, 1\]"),
-        ("remdm_switch", ABSORB, {"t_on": 0.5}, "sampler.t_on: got 0.5; allowed: nothing: 'remdm_switch' has the dials eta, t_switch"),
+        (
+            "remdm_switch",
+            ABSORB,
+            {"t_on": 0.5},
+            "sampler.t_on: got 0.5; allowed: nothing: 'remdm_switch' has the dials eta, t_switch",
+        ),
         ("remdm_loop", ABSORB, {"t_on": 1.0}, "sampler.t_on: got 1.0"),
         ("remdm_loop", ABSORB, {"t_off": 0.55}, r"sampler.t_off: got 0.55; allowed: .*below t_on"),
         ("remdm_loop", ABSORB, {"alpha_on": 1}, "sampler.alpha_on: got 1"),
