@@ -103,12 +103,12 @@ class _Runs:
         require(fine, "hdlm train", f"status {process.exitcode}", f"0 unless killed (see {self._log})")
 
     def _start(self, workdir: Path):
-        process = self._context.Process(target=_train, args=(self._config, workdir, self._log))
+        process = self._context.Process(target=trained, args=(self._config, workdir, self._log))
         process.start()
         return process
 
 
-def _train(config: str, workdir: Path, log: Path) -> None:
+def trained(config: str, workdir: Path, log: Path) -> None:
     """What `hdlm train` does, in a process of its own."""
     file = open(log, "a")  # noqa: SIM115 (open to the end)
     os.dup2(file.fileno(), 1)

@@ -98,7 +98,13 @@ class Checkpoints:
         failure = _agreed(self._finish())
         started = step not in self.steps()
         if started:
-            self._start(step, state, metrics or {})
+            try:
+                self._start(step, state, metrics or {})
+            except CheckpointError:
+                if failure is None:
+                    raise
+                # several of Orbax's threads can fail in one save: what the second one says comes only now
+                self._start(step, state, metrics or {})
         if failure:
             raise failure
         return started

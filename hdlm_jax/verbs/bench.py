@@ -9,12 +9,14 @@
   hdlm bench variance --run runs/mdlm
   hdlm bench samplers --run runs/epsilon --judge runs/ar --rate 1 2 4 8
   hdlm bench kill --times 20
+  hdlm bench checkpoint
 
 `train` and `sample` without --config: hidden 256, 6 blocks, 4 heads, L 256, vocabulary 8192, batch 8, float32,
 dropout 0.1; generation uses random weights, for speed does not depend on them. `variance` draws the noise of one batch
 of a run's held-out windows again and again. `samplers` compares texts of a run: corrected is the share of tokens that
 changed after they were first drawn (by corrections, or in an exact last step), entropy that of the tokens within a
-text (nats), and the judge another run, best an autoregressive one.
+text (nats), and the judge another run, best an autoregressive one. `checkpoint` saves and restores the state of 99M
+parameters (1.6 GB) and starts a run of them again.
 """
 
 import itertools
@@ -171,6 +173,25 @@ def _kill(args) -> tuple[list[dict], str]:
         return [kill.measure(config, Path(folder) / "runs", args.times, args.seed)], f"seed {args.seed}"
 
 
+def _checkpoint_arguments(kind):
+    kind.add_argument("--config", metavar="FILE[:ARG]", help="an experiment (default: 99M parameters)")
+    kind.add_argument("--repeats", type=int, default=5, help="saves (default: 5)")
+    kind.add_argument("--folder", metavar="DIR", help="where to write (default: the folder for temporary files)")
+
+
+def _checkpoint(args) -> tuple[list[dict], str]:
+    import tempfile
+
+    from hdlm_jax.benchmarks import checkpoint
+    from hdlm_jax.training import compilation
+
+    _at_least("--repeats", args.repeats, 1)
+    config = _config(args, **({} if args.config else checkpoint.SIZE))
+    compilation.keep()
+    with tempfile.TemporaryDirectory(prefix="hdlm-checkpoint-", dir=args.folder) as folder:
+        return [checkpoint.measure(config, Path(folder), args.repeats)], f"{args.repeats} saves; seconds"
+
+
 KINDS = {
     "train": ("a training step, against its matrix products alone", _train_arguments, _train),
     "sample": ("generation, against recomputing all rows and against quenched AR", _sample_arguments, _sample),
@@ -185,4 +206,5 @@ KINDS = {
         _samplers,
     ),
     "kill": ("resume: training killed at random moments, against a straight run", _kill_arguments, _kill),
+    "checkpoint": ("what saves hold up, restores, and a restart's first step", _checkpoint_arguments, _checkpoint),
 }

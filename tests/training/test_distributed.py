@@ -16,14 +16,17 @@ from hdlm_jax.training import distributed, metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6  # of the smoke run
-SLOW = (  # steps slow enough to be hit
+PAUSED = (  # waits at the end of each step: {pause}, however busy the machine is
     "import sys, time\n"
     "from hdlm_jax.training import loop\n"
     "beat = loop.hosts.beat\n"
-    "loop.hosts.beat = lambda *a: (beat(*a), time.sleep(0.7))\n"
+    "pause = lambda done: {pause}\n"
+    "loop.hosts.beat = lambda folder, done, *more: (beat(folder, done, *more), time.sleep(pause(done)))\n"
     "from hdlm_jax.__main__ import main\n"
     "sys.exit(main(sys.argv[1:]))\n"
 )
+UNTIL_KILLED = PAUSED.format(pause="300 if done == 3 else 0")  # in step 3, whose checkpoint is not due
+AWAITING_NOTICE = PAUSED.format(pause="3")  # a notice takes a second or two to reach all
 
 
 def start(command, tmp_path, program=("-m", "hdlm_jax"), peer_timeout=600):
@@ -48,18 +51,28 @@ def start(command, tmp_path, program=("-m", "hdlm_jax"), peer_timeout=600):
 def ends(processes, tmp_path, timeout=400):
     """Their exit statuses and what each has said."""
     try:
-        statuses = [process.wait(timeout) for process in processes]
+        for process in processes:
+            process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        pass  # killed: the status tells
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+    statuses = [process.wait() for process in processes]
     return statuses, [(tmp_path / f"out{i}").read_text() for i in range(2)]
 
 
-def wait_for_step(folder, step, processes):
-    while max((row["step"] for row in metrics.read(folder)), default=0) < step:
-        assert all(process.poll() is None for process in processes)
+def wait_until(holds, processes, tmp_path):
+    """Waits for what the processes are about to do; ends them where it does not come."""
+    until = time.monotonic() + 400
+    while not holds():
+        if time.monotonic() > until or any(process.poll() is not None for process in processes):
+            pytest.fail(str(ends(processes, tmp_path, timeout=1)))
         time.sleep(0.05)
+
+
+def reached(folder, step):
+    return max((row["step"] for row in metrics.read(folder)), default=0) >= step
 
 
 def assert_close_to(folder, smoke_run):
@@ -92,18 +105,16 @@ def test_two_processes_train_and_one_evaluates_and_samples(smoke_command, smoke_
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_dead_peer_ends_the_run_and_restart_continues(dead, smoke_command, smoke_run, tmp_path):
     run = tmp_path / "run"
-    processes = start(smoke_command(run), tmp_path, ("-c", SLOW), peer_timeout=20)
-    wait_for_step(run, 3, processes)
-    while not (run / "checkpoints/2").is_dir():
-        time.sleep(0.05)
+    processes = start(smoke_command(run), tmp_path, ("-c", UNTIL_KILLED), peer_timeout=30)
+    wait_until(lambda: reached(run, 3) and (run / "checkpoints/2").is_dir(), processes, tmp_path)
     processes[dead].send_signal(signal.SIGKILL)
     statuses, said = ends(processes, tmp_path)
-    assert statuses[dead] == -signal.SIGKILL and statuses[1 - dead] not in (0, None), said
+    assert statuses[dead] == -signal.SIGKILL and statuses[1 - dead] not in (0, -signal.SIGKILL), said
     assert f"hdlm: process {1 - dead} of 2" in said[1 - dead]
     assert "start the same command again in every process; it goes on from the last checkpoint" in said[1 - dead]
     statuses, said = ends(start(smoke_command(run), tmp_path), tmp_path)
     assert statuses == [0, 0], said
-    assert "resumed at step" in said[0]
+    assert "resumed at step 2" in said[0]
     assert_close_to(run, smoke_run)
 
 
@@ -111,8 +122,8 @@ def test_a_dead_peer_ends_the_run_and_restart_continues(dead, smoke_command, smo
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_notice_to_one_process_stops_both_after_the_same_step(number, smoke_command, smoke_run, tmp_path):
     run = tmp_path / "run"
-    processes = start(smoke_command(run), tmp_path, ("-c", SLOW))
-    wait_for_step(run, 1, processes)
+    processes = start(smoke_command(run), tmp_path, ("-c", AWAITING_NOTICE))
+    wait_until(lambda: reached(run, 1), processes, tmp_path)
     processes[1].send_signal(number)
     statuses, said = ends(processes, tmp_path)
     assert statuses == [143, 143], said
