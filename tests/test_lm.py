@@ -308,3 +308,11 @@ def test_what_is_no_run_folder_or_holds_no_checkpoint_is_refused(tmp_path):
     TOKENIZER.save(tmp_path)
     with pytest.raises(UserError, match="checkpoints: got "):
         lms.load(tmp_path)
+
+
+def test_another_sampler_leaves_the_dials_of_the_experiments_own_behind():
+    absorb = {"noising.kind": "absorb", "noising.epsilon": None, "loss.kind": "absorb_nelbo"}
+    lm = model(absorb | {"sampler.kind": "remdm_loop", "sampler.t_on": 0.5, "sampler.temperature": 0.9})
+    own, other = (lm._with_dials(*given).sampler for given in ((None, {}), ("threshold", {"threshold": 0.8})))
+    assert (own.kind, own.t_on, own.threshold, own.temperature) == ("remdm_loop", 0.5, None, 0.9)
+    assert (other.kind, other.t_on, other.threshold, other.temperature) == ("threshold", None, 0.8, 0.9)
