@@ -53,6 +53,28 @@ LAZY = [
 MAX_LINES = 420
 # Distributions whose import name is another one.
 IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pyyaml": "yaml"}
+# Who touches files other than through hdlm_jax/files.py, and why that is none of a run, a checkpoint or prepared data.
+# What they are given is a path of this machine.
+TOUCH_FILES = {
+    "files": "the module itself",
+    "config": "experiments, which are Python files",
+    "lm": "whether a text is the name of a file",
+    "data.corpora": "the user's own texts",
+    "data.python_docs": "the interpreter's own sources",
+    "data.byte_bpe": "the user's own vocabularies",
+    "interop": "exported and imported folders",
+    "visual": "pictures and pages",
+    "verbs.export": "lists the exported folder",
+    "benchmarks.kill": "looks at runs of its own from outside while they write",
+    "planning.program": "what the compiler dumps into a temporary folder",
+    "training.profiler": "the map of this process",
+    "training.lease": "the number of this boot",
+    "training.run_folder": "the lock, which on a disk is an open file",
+}
+FILE_METHODS = {"read_text", "read_bytes", "write_text", "write_bytes", "open", "mkdir", "touch", "unlink", "rmdir"}
+FILE_METHODS |= {"rename", "iterdir", "glob", "rglob", "exists", "is_file", "is_dir", "stat"}
+FILE_FUNCTIONS = {"open", "os.replace", "os.rename", "os.remove", "os.makedirs", "os.path.isfile", "os.path.exists"}
+FILE_FUNCTIONS |= {"shutil.rmtree", "shutil.copy", "shutil.copyfile", "shutil.copytree", "shutil.move"}
 # Methods whose meaning a base class fixes (Flax modules, grain transforms).
 HOOKS = {"setup", "map"}
 
@@ -109,6 +131,19 @@ def foreign_imports(source: str, module: str) -> set[str]:
     """The top-level names of other distributions that one file imports anywhere."""
     names = {name.split(".")[0] for _, name, _ in imports(ast.parse(source), module)}
     return names - sys.stdlib_module_names - {"hdlm_jax"}
+
+
+def file_accesses(source: str) -> list[str]:
+    """The calls of one file that look at, read or write files, as 'line: name'."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        method = isinstance(node.func, ast.Attribute) and node.func.attr in FILE_METHODS
+        if name in FILE_FUNCTIONS or (method and not name.startswith("files.")):
+            found.append(f"{node.lineno}: {name}")
+    return found
 
 
 def undocumented(source: str) -> list[str]:
@@ -178,6 +213,12 @@ def test_the_docstring_check_finds_what_is_missing():
     assert undocumented(source) == ["g", "A.m"]
 
 
+def test_the_file_check_tells_good_from_bad():
+    bad = "open(x)\n(folder / 'x').write_text('')\nshutil.rmtree(x)\nos.replace(a, b)\nPath(x).exists()\n"
+    assert [line.split(":")[0] for line in file_accesses(bad)] == ["1", "2", "3", "4", "5"]
+    assert file_accesses("files.read_text(x)\nfiles.write_whole(x, '')\ntext.replace('a', 'b')\n") == []
+
+
 # ---- the package
 
 
@@ -194,6 +235,16 @@ def test_imports_keep_the_floors(module: str):
 def test_every_folder_with_sources_is_a_package():
     missing = {path.parent for path in SOURCES if not (path.parent / "__init__.py").exists()}
     assert missing == set()
+
+
+def test_files_of_runs_are_reached_through_one_module():
+    """So that a run, its checkpoints and prepared data may lie in a bucket."""
+    found = {name: file_accesses(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    short = {name.removeprefix("hdlm_jax.").removesuffix(".__init__"): calls for name, calls in found.items() if calls}
+    known = lambda name: name in TOUCH_FILES or name.split(".")[0] in TOUCH_FILES
+    assert {name: calls for name, calls in short.items() if not known(name)} == {}
+    used = {name for name in TOUCH_FILES if any(n == name or n.split(".")[0] == name for n in short)}
+    assert set(TOUCH_FILES) == used  # no exception without a need
 
 
 def test_neither_tensorflow_nor_torch_is_imported():
