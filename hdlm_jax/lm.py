@@ -1,4 +1,4 @@
-"""The loaded model: generate, stream, perplexity, logits.
+"""The loaded model: generate, stream, correct, perplexity, logits.
 
 >>> import hdlm_jax as hdlm                                        # doctest: +SKIP
 >>> lm = hdlm.load("runs/quickstart")                              # doctest: +SKIP
@@ -26,9 +26,10 @@ from hdlm_jax.diffusion.hyperschedules import Hyperschedule
 from hdlm_jax.errors import require
 from hdlm_jax.evaluation import perplexity
 from hdlm_jax.evaluation.perplexity import Bound
-from hdlm_jax.generation import continuation, sampling, streaming
+from hdlm_jax.generation import continuation, sampling, self_correction, streaming
 from hdlm_jax.generation.chain import Chain
 from hdlm_jax.generation.sampling import Generation
+from hdlm_jax.generation.self_correction import Correction
 from hdlm_jax.generation.streaming import Snapshot
 from hdlm_jax.interop import export, published
 from hdlm_jax.models import layouts
@@ -167,6 +168,29 @@ class LanguageModel:
           **settings: as of `watch`.
         """
         return streaming.settled_text(self.watch(prompt, every=every, **settings), self.tokenizer)
+
+    def correct(
+        self,
+        text: str | np.ndarray,
+        *,
+        seed: int | Sequence[int] = 0,
+        temperature: float = 0.1,
+        noise: float = 0.01,
+        patience: int = 32,
+    ) -> Correction:
+        """Replaces tokens of finished texts by surer ones, one at a time: see `generation.self_correction`.
+
+        Args:
+          text: a text, or tokens int32 [B, L] (of `generate`, say).
+          seed: of the draws, or one seed per text.
+          temperature, noise, patience: see `self_correction.correct`.
+
+        Raises:
+          UserError: a model that says nothing of finished texts, a text that is empty or longer than the trained
+            length, a value out of range.
+        """
+        dials = {"temperature": temperature, "noise": noise, "patience": patience}
+        return self_correction.of_text(self.parts, self.params, self.tokenizer, text, seed, **dials)
 
     def perplexity(
         self,

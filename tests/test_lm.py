@@ -201,6 +201,17 @@ def test_a_prefix_model_goes_on_past_its_trained_length(compiled_fast):
         FULL.generate("ab", length=L + 9)
 
 
+def test_a_full_model_corrects_finished_texts_and_others_are_refused(compiled_fast):
+    out = FULL.correct("hello worl", patience=2)
+    assert out.tokens.shape == (1, 10) and out.calls[0] >= 2
+    assert (out.tokens[0] != tokens_of("hello worl")).sum() == out.replaced[0]
+    assert out.accuracy[0, 1] >= out.accuracy[0, 0]
+    with pytest.raises(UserError, match="model.visibility: got 'prefix'"):
+        PREFIX.correct("hello")
+    with pytest.raises(UserError, match="text: got '13 tokens'; allowed: 1 .. 12 tokens"):
+        FULL.correct("a" * 13)
+
+
 # ---- logits
 
 

@@ -7,20 +7,25 @@ until the self-accuracy, the share of tokens that are the network's likeliest, h
 Letters: B texts, L positions, N ordinary tokens.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from hdlm_jax.diffusion import phases, scores
+from hdlm_jax.data.tokenizers import Tokenizer
+from hdlm_jax.diffusion import phases, samplers, scores
 from hdlm_jax.diffusion.categorical import categorical, with_temperature
 from hdlm_jax.diffusion.fields import number, whole
+from hdlm_jax.diffusion.hyperschedules import flat
 from hdlm_jax.diffusion.rules import probability
 from hdlm_jax.errors import UserError, require
 from hdlm_jax.generation.chain import Chain
 from hdlm_jax.generation.network import all_rows
+from hdlm_jax.generation.sampling import keys
 from hdlm_jax.models.parts import Parts
 
 
@@ -38,6 +43,24 @@ class Corrected(NamedTuple):
     replaced: Array
     accuracy: Array
     calls: Array
+
+
+class Correction(NamedTuple):
+    """What `of_text` returns.
+
+    Attributes:
+      texts: the corrected ones.
+      tokens: int32 [B, L].
+      replaced: int32 [B], tokens that are others than before.
+      accuracy: float32 [B, 2], self-accuracy before and after.
+      calls: int32 [B], of the network.
+    """
+
+    texts: list[str]
+    tokens: np.ndarray
+    replaced: np.ndarray
+    accuracy: np.ndarray
+    calls: np.ndarray
 
 
 class _State(NamedTuple):
@@ -80,6 +103,36 @@ def correct(
     noise = number("noise", noise, "a number in (0, 1)", lambda value: 0 < value < 1)
     patience, limit = whole("patience", patience, 1), whole("limit", limit, 1)
     return _run(chain, temperature, noise, patience, limit, params, x_BxL, given_BxL, rng_B)
+
+
+def of_text(
+    parts: Parts,
+    params: dict,
+    tokenizer: Tokenizer,
+    text: str | np.ndarray,
+    seed: int | Sequence[int] = 0,
+    **dials: Any,
+) -> Correction:
+    """Corrects a text, or finished tokens int32 [B, L].
+
+    Args:
+      parts, params, tokenizer: of the model.
+      seed: of the draws, or one seed per text.
+      **dials: temperature, noise, patience, limit of `correct`.
+
+    Raises:
+      UserError: a text that is empty or longer than the trained length; as `check` and `correct`.
+    """
+    check(parts)
+    tokens_BxL = tokenizer.encode(text)[None] if isinstance(text, str) else np.asarray(text, np.int32)
+    (batch, length), trained = tokens_BxL.shape, parts.model.length
+    require(1 <= length <= trained, "text", f"{length} tokens", f"1 .. {trained} tokens, the trained length")
+    rule = samplers.build("ancestral", parts.process, parts.loss.reading)
+    chain = Chain(parts.model, flat(length, 1), parts.schedule, parts.process, rule)
+    given_BxL = jnp.zeros(tokens_BxL.shape, bool)
+    out = correct(chain, params, jnp.asarray(tokens_BxL), given_BxL, keys(seed, batch), **dials)
+    tokens, *counts = map(np.asarray, out)
+    return Correction([tokenizer.decode(row, end_of_text="\n") for row in tokens], tokens, *counts)
 
 
 def check(parts: Parts) -> None:

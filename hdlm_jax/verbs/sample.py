@@ -57,6 +57,9 @@ def add_arguments(parser):
     parser.add_argument("--length", type=int, help="tokens in all, prompt included (default: the trained length)")
     parser.add_argument("--stop", action="store_true", help="texts end at their first end of text")
     parser.add_argument("--forbid", metavar="TEXT", help="the tokens of this text are never drawn")
+    parser.add_argument(
+        "--self-correct", action="store_true", help="then replace tokens by surer ones, one at a time (full models)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
     parser.add_argument("--weights", default="ema", help="'ema' (default) or 'raw'")
     parser.add_argument("--out", metavar="FILE", help="JSON file to write (default: a new one in the run's samples/)")
@@ -92,12 +95,25 @@ def run(args) -> int:
     out = model.generate(prompt, num_samples=args.num, forbid=forbid, **common)
     for note in out.notes:
         print(f"note: {note}", file=sys.stderr)
-    for i, text in enumerate(out.texts):
+    texts = out.texts
+    if args.self_correct:
+        better = model.correct(out.tokens, seed=args.seed)
+        texts = better.texts
+        before, after = better.accuracy.mean(0)
+        print(f"--- {better.replaced.sum()} tokens replaced, self-accuracy {before:.3f} to {after:.3f}")
+    for i, text in enumerate(texts):
         print(f"--- sample {i} ({out.hyperschedule.describe()})\n{text}")
     path = files.place(args.out, "--out") if args.out else _free(files.place(args.folder) / "samples", model.step)
-    settings = {**dials, **named, "hyperschedule": repr(out.hyperschedule), "seed": args.seed, "stop": args.stop}
+    settings = {
+        **dials,
+        **named,
+        "hyperschedule": repr(out.hyperschedule),
+        "seed": args.seed,
+        "stop": args.stop,
+        "self_correct": args.self_correct,
+    }
     record = {"prompt": prompt, "fixed": fixed, "step": model.step, "settings": settings, "calls": out.calls}
-    record |= {"lengths": out.lengths.tolist(), "texts": out.texts}
+    record |= {"lengths": out.lengths.tolist(), "texts": texts}
     files.write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     print(f"--- {out.calls} model calls\n--- written to {path}")
     return 0
@@ -106,7 +122,7 @@ def run(args) -> int:
 def _live(model, prompt: str | None, args, common: dict) -> None:
     from hdlm_jax.visual import terminal
 
-    for flag, given in (("--out", args.out), ("--forbid", args.forbid)):
+    for flag, given in (("--out", args.out), ("--forbid", args.forbid), ("--self-correct", args.self_correct or None)):
         require(given is None, flag, given, "nothing with --live, which only shows a text")
     require(args.delay >= 0, "--delay", args.delay, "a number of seconds, 0 or more")
     shot = terminal.play(model.watch(prompt, **common), model.tokenizer, sys.stdout, args.delay)
