@@ -54,7 +54,7 @@ def steps_quality(rows: Rows, value: str = NATS, title: str = "") -> Figure:
     for i, (name, points) in enumerate(curves.items()):
         calls, values = _column(points, "calls"), _column(points, value)
         error = _column(points, "standard error") if value == NATS and "standard error" in points[0] else None
-        bend = knee(calls, values) if len(calls) > 2 and values[-1] < values[0] else None
+        bend = knee(calls, values) if values[-1] < values[0] else None
         label = name if bend is None else f"{name} (knee at {calls[bend]:g} calls)"
         style = {"color": COLORS[i % len(COLORS)], "marker": _MARKERS[i % len(_MARKERS)], "linewidth": 1.6}
         panel.errorbar(calls, values, error, capsize=3, label=label, **style)
