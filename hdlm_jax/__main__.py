@@ -20,7 +20,7 @@ VERBS = {
     "import": "make a run folder of a published checkpoint",
     "export": "write a run's weights in another form",
     "plan": "compile an experiment for a TPU slice that is not here: does it fit, what does it send",
-    "draw": "pictures: a hyperschedule, who sees whom, the loss curve of a run",
+    "draw": "pictures: hyperschedules, noise, who sees whom, losses, quality; a generation to step through",
     "bench": "measure training or sampling speed on this machine",
 }
 DESCRIPTION = """Language models on the whole line between autoregression and diffusion, in JAX.
