@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hdlm_jax import config as configs
@@ -35,7 +36,7 @@ from hdlm_jax.interop import export, published
 from hdlm_jax.models import layouts
 from hdlm_jax.models import parts as builders
 from hdlm_jax.models.transformer import TransformerConfig, forward, init, logits
-from hdlm_jax.training import run_folder, weights_file
+from hdlm_jax.training import distributed, run_folder, sharding, weights_file
 
 HYPERSCHEDULE_FIELDS = ("width", "rate", "block", "steps")
 PREFIX_IS_BLIND = (
@@ -57,6 +58,7 @@ class LanguageModel:
       weights: 'ema' or 'raw'.
       origin: what an imported run keeps of the published checkpoint; None for our own.
       folder: that it was opened from; None where it was made in memory.
+      mesh: of the devices that the weights lie on; None for one device. Bounds use all of it.
     """
 
     config: ConfigDict
@@ -67,6 +69,7 @@ class LanguageModel:
     weights: str = "ema"
     origin: published.Origin | None = None
     folder: Path | None = None
+    mesh: Mesh | None = None
 
     def generate(
         self,
@@ -220,7 +223,7 @@ class LanguageModel:
         text = _read(text_or_path)
         windows = pipeline.windows_of_text(text, self.tokenizer, self.parts.model.length)
         tokens = int(windows.valid.sum())
-        rows = _batches(windows.tokens, windows.valid, batch)
+        rows = _batches(windows.tokens, windows.valid, batch, self.mesh)
         return self._bound(rows, windows.num_bytes / tokens, draws, seed, eta, exact)
 
     def held_out(
@@ -246,7 +249,7 @@ class LanguageModel:
         """
         tokens, manifest = self.held_out_windows(folder, windows)
         split = manifest["splits"]["held_out"]
-        rows = _batches(tokens, np.ones(tokens.shape, bool), batch)
+        rows = _batches(tokens, np.ones(tokens.shape, bool), batch, self.mesh)
         bound = self._bound(rows, split["bytes"] / split["tokens"], draws, seed, eta, exact)
         return bound, manifest["unigram_bits_per_byte"]
 
@@ -262,7 +265,8 @@ class LanguageModel:
         """
         has_data = self.origin is None
         require(has_data, "--text", None, "a file: an imported model has no held-out split of its own")
-        data = prepare.open_or_prepare(self.config.data.to_dict(), files.place(folder) / "data")
+        place = files.place(folder) / "data"
+        data = distributed.writer_first(lambda: prepare.open_or_prepare(self.config.data.to_dict(), place))
         require(windows >= 0, "--windows", windows, "0 (all) or a positive integer")
         count = min(windows or len(data.held_out), len(data.held_out))
         return np.stack([data.held_out[i] for i in range(count)]), data.manifest
@@ -271,6 +275,7 @@ class LanguageModel:
         parts = self.parts if eta is None else perplexity.in_steps(self.parts)
         enumerated = perplexity.every_step(parts) if exact else perplexity.NOTHING
         draw = perplexity.estimator(parts, self.parts.loss.reading, eta, exact)
+        draw = draw if self.mesh is None else sharding.over_rows(self.mesh, draw)
         name = perplexity.name_of(parts, eta)
         return perplexity.estimate(draw, self.params, rows, bytes_per_token, draws, seed, name, enumerated)
 
@@ -344,12 +349,13 @@ class LanguageModel:
         return hyperschedules.build(kind, length, **fields)
 
 
-def load(folder: str | Path, weights: str = "ema") -> LanguageModel:
+def load(folder: str | Path, weights: str = "ema", mesh: Mesh | None = None) -> LanguageModel:
     """Opens a run folder, or an exported one.
 
     Args:
       folder: written by `hdlm train`, `hdlm import` or `hdlm export --format safetensors`.
       weights: 'ema', the running mean, or 'raw', the last ones. Where only one kind is kept, 'ema' gives that.
+      mesh: devices to cut the weights over, also those of several processes (`training.sharding.mesh`).
 
     Raises:
       UserError: no run folder, no checkpoint in it, weights that do not fit the experiment.
@@ -359,9 +365,16 @@ def load(folder: str | Path, weights: str = "ema") -> LanguageModel:
     tokenizer = tokenizers.load(folder)
     parts = builders.build(config, tokenizer.num_tokens, tokenizer.bos_id)
     abstract = jax.eval_shape(lambda: init(parts.model, jax.random.key(0)))
+    abstract = abstract if mesh is None else sharding.placed(mesh, abstract)
     found = weights_file.restore(folder, abstract, parts.model.vocabulary, weights)
-    params, origin = jax.tree.map(jnp.asarray, found.params), published.kept(folder)
-    return LanguageModel(config, parts, params, tokenizer, found.step, found.kind, origin, folder)
+    params, origin = jax.tree.map(_on_devices, found.params, abstract), published.kept(folder)
+    return LanguageModel(config, parts, params, tokenizer, found.step, found.kind, origin, folder, mesh)
+
+
+def _on_devices(x: np.ndarray | Array, wanted: jax.ShapeDtypeStruct) -> Array:
+    if isinstance(x, Array):
+        return x
+    return jnp.asarray(x) if wanted.sharding is None else jax.device_put(x, wanted.sharding)
 
 
 def _prompts(prompt: str | Sequence[str] | None, num_samples: int) -> list[str]:
@@ -387,10 +400,10 @@ def _read(text_or_path: str | Path) -> str:
     return read_text(str(text_or_path), "text") if is_file else str(text_or_path)
 
 
-def _batches(tokens, valid, batch: int):
+def _batches(tokens, valid, batch: int, mesh: Mesh | None):
     """Equal batches of windows, the last one filled with rows that do not count."""
     require(batch >= 1, "batch", batch, "a positive integer")
-    batch = min(batch, len(tokens))
+    batch = min(batch, len(tokens)) if mesh is None else sharding.whole_rows(mesh, min(batch, len(tokens)))
     for first in range(0, len(tokens), batch):
         rows = np.arange(first, first + batch)
         inside = rows < len(tokens)

@@ -215,13 +215,14 @@ def restore_params(
     which: str = "ema",
     report: Callable[[str], None] = to_stderr,
 ) -> tuple[Any, int]:
-    """The weights of the newest intact step, as numpy arrays, and that step; nothing is changed.
+    """The weights of the newest intact step, and that step; nothing is changed.
 
     Safe beside a run that is writing to the folder. Only the weights asked for are read.
 
     Args:
       folder: the checkpoints folder of a run.
-      abstract: the parameters' shapes and dtypes, e.g. `jax.eval_shape(lambda: init(config, rng))`.
+      abstract: the parameters' shapes and dtypes, e.g. `jax.eval_shape(lambda: init(config, rng))`, for numpy arrays;
+        with shardings (`sharding.placed`) for arrays that lie as they say.
       which: 'ema', the running mean (the last weights if the run kept none), or 'raw', the last weights.
       report: takes messages about damaged checkpoints, which are passed over.
 
@@ -241,7 +242,7 @@ def restore_params(
         def read(step):
             groups = {name.split("/")[0] for name in storage.read_manifest(folder, step)["leaves"]}
             head = f"{group if group in groups else 'params'}/"
-            wanted = {f"{head}{name}": _on_host(leaf) for name, leaf in named_leaves(abstract).items()}
+            wanted = {f"{head}{name}": _wanted(leaf) for name, leaf in named_leaves(abstract).items()}
             return list(storage.read_leaves(manager, folder, step, wanted, head).values())
 
         found, step, damaged = _newest(steps, read)
@@ -287,8 +288,10 @@ def _reason(error: Exception) -> str:
     return text if len(text) <= 250 else f"{text[:120]} ... {text[-120:]}"
 
 
-def _on_host(leaf: Any) -> np.ndarray:
-    """A numpy stand-in of this shape and dtype that takes no memory."""
+def _wanted(leaf: Any) -> Any:
+    """What stands for an array in a restore; without a sharding a numpy array, one that takes no memory."""
+    if getattr(leaf, "sharding", None) is not None:
+        return leaf
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 

@@ -120,8 +120,7 @@ def run_steps(run: Run, current: TrainState, saved: Checkpoints, account: Accoun
 def evaluate(run: Run, current: TrainState) -> Bound:
     """The bound of the running-mean weights on the first held-out windows, each device with rows of its own."""
     c, held_out = run.config.training, run.data.held_out
-    parts = sharding.row_parts(run.mesh)
-    batch = -(-min(c.batch, len(held_out)) // parts) * parts
+    batch = sharding.whole_rows(run.mesh, min(c.batch, len(held_out)))
     rows = pipeline.held_out_batches(held_out, batch)
     chosen = [
         (x, np.broadcast_to(is_row[:, None], x.shape)) for x, is_row in itertools.islice(rows, c.evaluate_batches)
@@ -136,17 +135,6 @@ def evaluate(run: Run, current: TrainState) -> Bound:
         seed=0,
         hyperschedule=perplexity.name_of(run.parts),
     )
-
-
-def bound_on(mesh: Mesh, parts: Parts) -> Callable:
-    """A draw of the held-out bound, its windows cut over the devices, its terms known to every process."""
-    draw = sharding.under(mesh, perplexity.estimator(parts, parts.loss.reading))
-    run = jax.jit(draw, out_shardings=sharding.replicated(mesh))
-
-    def place(x: np.ndarray) -> Array:
-        return sharding.place_rows(mesh, len(x), x[sharding.local_rows(mesh, len(x))])
-
-    return lambda params, tokens_BxL, valid_BxL, rng: run(params, place(tokens_BxL), place(valid_BxL), rng)
 
 
 def _due(done: int, every: int, last: object) -> bool:

@@ -153,6 +153,31 @@ def place_rows(mesh: Mesh, batch: int, rows_RxL: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback((batch, *rows_RxL.shape[1:]), batch_sharding(mesh), of_device)
 
 
+def whole_rows(mesh: Mesh, rows: int) -> int:
+    """The next number of rows that divides over the devices."""
+    parts = row_parts(mesh)
+    return -(-rows // parts) * parts
+
+
+def over_rows(mesh: Mesh, draw: Callable) -> Callable:
+    """A draw of a bound (`perplexity.estimator`), its windows cut over the devices, its terms known to every process.
+
+    Takes what `draw` takes, tokens and validity as host arrays of the whole batch, `whole_rows` of them.
+    """
+    run = jax.jit(under(mesh, draw), out_shardings=replicated(mesh))
+
+    def place(x: np.ndarray) -> jax.Array:
+        return place_rows(mesh, len(x), x[local_rows(mesh, len(x))])
+
+    return lambda params, tokens_BxL, valid_BxL, rng: run(params, place(tokens_BxL), place(valid_BxL), rng)
+
+
+def placed(mesh: Mesh, abstract: Any, rules: Rules = RULES) -> Any:
+    """Abstract arrays with the shardings of a state or parameter tree."""
+    places = shardings(abstract, mesh, rules)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())

@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from hdlm_jax.errors import choose
-from hdlm_jax.training.sharding import RULES, Rules, shardings
+from hdlm_jax.training.sharding import RULES, Rules, placed
 
 
 class TrainState(NamedTuple):
@@ -44,8 +44,7 @@ def abstract(
       UserError: a parameter that no rule matches, or one that does not divide by the mesh.
     """
     shapes = jax.eval_shape(_fresh(init_fn, tx, ema))
-    places = shardings(shapes, mesh, rules)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    return placed(mesh, shapes, rules)
 
 
 def create(

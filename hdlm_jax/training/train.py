@@ -13,6 +13,7 @@ from hdlm_jax.data import tokenizers
 from hdlm_jax.data.prepare import DataConfig, Prepared, open_or_prepare
 from hdlm_jax.diffusion import fields
 from hdlm_jax.errors import one_of, require
+from hdlm_jax.evaluation import perplexity
 from hdlm_jax.generation import sampling
 from hdlm_jax.generation.loop import Chain
 from hdlm_jax.models import parts as builders
@@ -22,7 +23,7 @@ from hdlm_jax.training import flops, optimizer, profiler, run_folder, sharding, 
 from hdlm_jax.training.checkpoints import Checkpoints
 from hdlm_jax.training.distributed import is_writer, meet, together, writer_first
 from hdlm_jax.training.goodput import Account
-from hdlm_jax.training.loop import HELD_OUT, Run, bound_on, run_steps
+from hdlm_jax.training.loop import HELD_OUT, Run, run_steps
 from hdlm_jax.training.state import TrainState
 from hdlm_jax.training.step import Update, train_step
 
@@ -164,7 +165,7 @@ def _run(config, workdir, data, parts, mesh, update, current) -> Run:
         chain=_chain(config, parts),
         mesh=mesh,
         step=step.lower(current, shape, rng).compile(),
-        draw=bound_on(mesh, parts),
+        draw=sharding.over_rows(mesh, perplexity.estimator(parts, parts.loss.reading)),
         rng=rng,
         flops_per_second=flops.peak(list(mesh.devices.flat)),
         flops_per_step=flops.of_step(update, jax.eval_shape(lambda s: s, current), shape, rng),

@@ -4,6 +4,7 @@
   hdlm evaluate --run runs/quickstart --text book.txt --draws 8 --json
   hdlm evaluate --run runs/quickstart --exact
   hdlm evaluate --run runs/quickstart --eta 0.25
+  hdlm evaluate --run runs/8b --mesh 4,64,1
 
 Prints an upper bound of -log p: bits per byte, nats per token and perplexity, with a standard error from
 the draws of noise, the hyperschedule it is a bound of, its terms (prior, diffusion, correction, reconstruction),
@@ -19,6 +20,7 @@ runs at that strength; flat is then taken in sampler.steps steps.
 import json
 
 from hdlm_jax.errors import require
+from hdlm_jax.verbs import joining
 
 
 def add_arguments(parser):
@@ -33,23 +35,36 @@ def add_arguments(parser):
     parser.add_argument("--exact", action="store_true", help="take every step once instead of drawing steps")
     parser.add_argument("--eta", type=float, help="bound the chain of adaptive correction at this strength, in [0, 1]")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    mesh = "devices data,fsdp,tensor to use together (default: one; all in data where processes are joined)"
+    parser.add_argument("--mesh", metavar="D,F,T", help=mesh)
+    joining.add_arguments(parser)
 
 
 def run(args) -> int:
-    """Evaluates and prints."""
-    from pathlib import Path
-
-    from hdlm_jax import lm
+    """Evaluates and prints, once where several processes are joined."""
     from hdlm_jax.diffusion import fields
 
     fields.seed("--seed", args.seed)
     require(args.batch >= 1, "--batch", args.batch, "a positive integer")
-    model = lm.load(args.folder, args.weights)
+    with joining.joined(args):
+        return _evaluate(args)
+
+
+def _evaluate(args) -> int:
+    from pathlib import Path
+
+    from hdlm_jax import lm
+    from hdlm_jax.training import distributed
+
+    with distributed.together():
+        model = lm.load(args.folder, args.weights, _mesh(args.mesh))
     chain = {"eta": args.eta, "exact": args.exact}
     if args.text is not None:
         bound, unigram = model.perplexity(Path(args.text), args.draws, args.seed, args.batch, **chain), None
     else:
         bound, unigram = model.held_out(args.folder, args.draws, args.seed, args.batch, args.windows, **chain)
+    if not distributed.is_writer():
+        return 0
     if args.json:
         print(json.dumps({**bound.to_json(), "unigram_bits_per_byte": unigram, "step": model.step}, indent=2))
         return 0
@@ -60,3 +75,16 @@ def run(args) -> int:
     if unigram is not None:
         print(f"unigram byte model of the same split: {unigram:.4f} bits/byte ({unigram - bound.bits_per_byte:+.4f})")
     return 0
+
+
+def _mesh(sizes: str | None):
+    """The mesh that was asked for; None for one device alone."""
+    import jax
+    from ml_collections import ConfigDict
+
+    from hdlm_jax.training import sharding
+
+    if sizes is None and jax.process_count() == 1:
+        return None
+    data, fsdp, tensor = joining.mesh_sizes("--mesh", sizes or "-1,1,1")
+    return sharding.mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))

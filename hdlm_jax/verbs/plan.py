@@ -11,6 +11,7 @@ Needs libtpu (pip install 'hdlm_jax[launch]') and minutes, but no TPU. Generatio
 import json
 
 from hdlm_jax import config as configs
+from hdlm_jax.verbs import joining
 
 
 def add_arguments(parser):
@@ -34,10 +35,8 @@ def run(args) -> int:
 
     config = configs.load(args.config, args.overrides)
     configs.require(args.slices >= 1, "--slices", args.slices, "a positive integer")
-    words = args.mesh.split(",") if args.mesh else [str(config.mesh[axis]) for axis in ("data", "fsdp", "tensor")]
-    whole = len(words) == 3 and all(word.strip().lstrip("-").isdigit() for word in words)
-    configs.require(whole, "--mesh", args.mesh, "three sizes data,fsdp,tensor, as 4,16,1")
-    sizes = tuple(int(word) for word in words)
+    own = ",".join(str(config.mesh[axis]) for axis in ("data", "fsdp", "tensor"))
+    sizes = joining.mesh_sizes("--mesh", args.mesh or own)
     if args.vocabulary is not None:
         configs.require(args.vocabulary >= 1, "--vocabulary", args.vocabulary, "a positive integer")
     found = plan.plan(config, args.topology, sizes, args.slices, args.what, args.vocabulary)

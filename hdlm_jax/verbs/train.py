@@ -14,6 +14,7 @@ Open MPI are recognised; anywhere else name a coordinator:
 """
 
 from hdlm_jax import config as configs
+from hdlm_jax.verbs import joining
 
 
 def add_arguments(parser):
@@ -25,23 +26,15 @@ def add_arguments(parser):
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run folder")
     profile = "a profiler trace of COUNT steps from step FIRST on, into the run folder's profile/"
     parser.add_argument("--profile", default="0:0", metavar="FIRST:COUNT", help=profile)
-    joined = parser.add_argument_group("several processes, one per host, each with this command")
-    mode = "'auto' (default): join those of a TPU slice, SLURM or Open MPI, if any; 'on': join or fail; 'off'"
-    joined.add_argument("--distributed", default="auto", metavar="MODE", help=mode)
-    joined.add_argument("--coordinator", metavar="HOST:PORT", help="an address of process 0, where nothing tells it")
-    joined.add_argument("--num-processes", type=int, metavar="N", help="with --coordinator: how many there are")
-    joined.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: which one this is, from 0")
-    timeout = "after so long without a sign a process counts as dead (default: 100)"
-    joined.add_argument("--peer-timeout", type=int, default=100, metavar="SECONDS", help=timeout)
+    joining.add_arguments(parser)
 
 
 def run(args) -> int:
     """Trains to the end, or to a signal."""
-    from hdlm_jax.training import compilation, distributed
+    from hdlm_jax.training import compilation
 
     profile, config = _profile(args.profile), _config(args)
-    names = ("coordinator", "num_processes", "process_id", "peer_timeout")
-    with distributed.joined(args.distributed, **{name: getattr(args, name) for name in names}):
+    with joining.joined(args):
         from hdlm_jax.training import train
 
         compilation.keep()

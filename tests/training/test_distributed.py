@@ -1,5 +1,6 @@
 """Two processes of four devices each, in one run: the whole cycle, a dead peer, a notice to one of them; bad flags."""
 
+import json
 import os
 import signal
 import socket
@@ -99,6 +100,20 @@ def test_two_processes_train_and_one_evaluates_and_samples(smoke_command, smoke_
     assert main(["sample", "--run", str(run)]) == 0
     assert main(smoke_command(run, "--config.training.steps=6")) == 0  # one process reads what two have written
     assert "nothing left to do" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_a_run_together(smoke_run, tmp_path, capfd):
+    command = ["evaluate", "--run", str(smoke_run), "--windows", "12", "--batch", "8", "--json"]
+    capfd.readouterr()
+    assert main(command) == 0
+    alone = json.loads(capfd.readouterr().out)
+    for mesh in (["--mesh", "4,2,1"], []):
+        statuses, said = ends(start([*command, *mesh], tmp_path), tmp_path)
+        assert statuses == [0, 0] and "bits_per_byte" not in said[1], said
+        together = json.loads(said[0][said[0].index("{\n") :])
+        assert (together["tokens"], together["step"]) == (12 * 32, STEPS)
+        assert together["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-4)
 
 
 @pytest.mark.slow
