@@ -135,7 +135,7 @@ def distances(case: Case, calls: Sequence[int], length: int, samples: int, seed:
     return rows
 
 
-def measure(calls: Sequence[int] = (1, 2, 4, 8, 16, 32, 64), length: int = 4, samples: int = 32_768) -> list[dict]:
+def measure(calls: Sequence[int] = (1, 2, 4, 8, 16, 32), length: int = 4, samples: int = 16_384) -> list[dict]:
     """`distances` of all `CASES`, and of samples of the data's law itself, the least that can be measured."""
     law = markov_law(length)
     drawn = np.random.default_rng(0).choice(law.size, samples, p=law.ravel())
