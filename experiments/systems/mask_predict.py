@@ -3,7 +3,7 @@
     hdlm train --config experiments/systems/mask_predict.py --workdir runs/mask_predict  # minutes on 2 cores
     hdlm train --config experiments/systems/mask_predict.py:base --workdir runs/mask_predict  # the published size
 
-Published for translation, in 4 to 10 greedy calls: --temperature 0.
+Published for translation, in 4 to 10 greedy calls: --steps 10 --temperature 0.
 
 Expected at the published size: nothing is published of its perplexity; none measured by us.
 """

@@ -60,7 +60,12 @@ OTHERS = (
 ETA = (("eta", 0.1),)
 REMASKING = tuple(
     Case(
-        kind, kind, ABSORB, dials=() if kind == "remdm_conf" else ETA, limit=kind != "remdm_conf", family="masks again"
+        kind,
+        kind,
+        ABSORB,
+        dials=() if kind == "remdm_conf" else ETA,
+        limit=kind != "remdm_conf",
+        family="tokens masked again",
     )
     for kind in remasking.RULES
 )

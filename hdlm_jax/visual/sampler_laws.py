@@ -3,12 +3,13 @@
 Rows are those of `benchmarks.laws.measure`: dicts with `sampler`, `family`, `calls` and `distance`.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
 
 from hdlm_jax.errors import require
 from hdlm_jax.visual.figures import COLORS, DARK
@@ -43,9 +44,10 @@ def total_variation(rows: Iterable[Mapping[str, Any]], title: str = "") -> Figur
             panel.plot(*points, label=f"{name} (the least to be seen)" if floor else name, **style)
         for i, (name, points) in enumerate(own.items()):
             style = {"color": COLORS[i % len(COLORS)], "linestyle": _STYLES[i // len(COLORS) % len(_STYLES)]}
-            panel.plot(*points, label=name, marker=_MARKERS[i % len(_MARKERS)], markersize=5, linewidth=1.5, **style)
+            marker = {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 9 - 0.6 * min(i, 8), "fillstyle": "none"}
+            panel.plot(*points, label=name, linewidth=1.5, **marker, **style)  # open marks: equal curves show both
         panel.set_title(family)
-        _tidy(panel)
+        _tidy(panel, max(row["calls"] for row in rows))
     panels[0].set_ylabel("total variation from the data's law")
     figure.suptitle(title)
     return figure
@@ -61,14 +63,14 @@ def _curves(rows: Iterable[Mapping[str, Any]], family: str) -> dict[str, tuple[l
     return curves
 
 
-def _tidy(panel: Axes) -> None:
+def _tidy(panel: Axes, most_calls: float) -> None:
     panel.set(xscale="log", yscale="log", xlabel="model calls per text")
-    panel.set_xticks([1, 2, 4, 8, 16, 32, 64])
+    panel.set_xticks([2**n for n in range(math.ceil(math.log2(max(most_calls, 2))) + 1)])
     panel.xaxis.set_major_formatter(ScalarFormatter())
     panel.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
     panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for axis in (panel.xaxis, panel.yaxis):
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_locator(NullLocator())
     panel.tick_params(labelleft=True)
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
