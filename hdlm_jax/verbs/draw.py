@@ -11,6 +11,7 @@
   hdlm draw corrections --run runs/quickstart --sampler acs --eta 0.5 --num 16 --out corrections.png
   hdlm draw quality --json samplers.json --out steps.png
   hdlm draw quality --json samplers.json --against entropy --out frontier.png
+  hdlm draw laws --out laws.png
   hdlm draw calibration --json calibration.json --out calibration.png
 
 A hyperschedule is that of an experiment (--config) or one by name (--kind). quality reads what `hdlm bench samplers
@@ -237,6 +238,21 @@ def _rows(path: str) -> list[dict]:
     return rows
 
 
+def _laws_arguments(kind):
+    kind.add_argument("--samples", type=int, default=16_384, help="texts of each sampler (default: 16384)")
+
+
+def _laws(args):
+    """Takes a few minutes: every sampler is run, with a perfect network, over tiny texts."""
+    from hdlm_jax.benchmarks import laws
+    from hdlm_jax.visual import sampler_laws
+
+    require(args.samples >= 1, "--samples", args.samples, "a positive number of texts")
+    rows = laws.measure(samples=args.samples)
+    title = f"Samplers with a perfect network: how far the law of {args.samples:,} texts is from the data's"
+    return sampler_laws.total_variation(rows, title)
+
+
 PICTURES = {
     "hyperschedule": ("noise levels by step and position", _hyperschedule_arguments, _hyperschedule),
     "gallery": ("every builder of hyperschedules side by side", _gallery_arguments, _gallery),
@@ -247,5 +263,6 @@ PICTURES = {
     "trajectory": ("a generation as an HTML page to step through", _trajectory_arguments, _trajectory),
     "corrections": ("tokens corrected at each step of a generation", _corrections_arguments, _corrections),
     "quality": ("quality against calls with the knee, or against entropy", _quality_arguments, _quality),
+    "laws": ("how far every sampler's law is from the data's, by calls", _laws_arguments, _laws),
     "calibration": ("how often tokens are right against their probability", _calibration_arguments, _calibration),
 }

@@ -129,3 +129,13 @@ def test_what_is_drawn_against_what_is_checked(tmp_path, capfd):
     assert "--value: got 'rate'; allowed: nothing with --against entropy" in capfd.readouterr().err
     assert main([*command, "--value", "rate"]) == 2
     assert "allowed: rows that hold 'rate'" in capfd.readouterr().err
+
+
+def test_laws_of_every_sampler(tmp_path, capfd, monkeypatch):
+    from hdlm_jax.benchmarks import laws
+
+    monkeypatch.setattr(laws, "CASES", laws.CASES[:2])
+    assert main(["draw", "laws", "--samples", "64", "--out", str(tmp_path / "laws.png")]) == 0
+    assert (tmp_path / "laws.png").stat().st_size > 10_000
+    assert main(["draw", "laws", "--samples", "0", "--out", str(tmp_path / "none.png")]) == 2
+    assert "--samples: got 0" in capfd.readouterr().err and not (tmp_path / "none.png").exists()
