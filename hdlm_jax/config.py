@@ -333,14 +333,18 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Reads `to_json`'s output; unknown or missing fields are refused by name."""
+    """Reads `to_json`'s output; unknown or missing fields are refused by name.
+
+    But a dial of the sampler that is not there is newer than the file, and has its default.
+    """
     config, tree = default(), json.loads(text)
     require(isinstance(tree, dict), "config.json", type(tree).__name__, "an object with the experiment's blocks")
     given, known = _flat(tree), _flat(config.to_dict())
     for name in given:
         if name not in known:
             raise unknown("config.json", name, known)
-    missing = sorted(set(known) - set(given))
+    newer = {name for name in known if name.startswith("sampler.")} if "sampler" in tree else set()
+    missing = sorted(set(known) - set(given) - newer)
     require(not missing, "config.json", f"no {', '.join(missing)}", "every field of the default experiment")
     for name, value in given.items():
         override(config, {name: tuple(value) if isinstance(value, list) else value})

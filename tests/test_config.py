@@ -43,6 +43,15 @@ def test_json_is_sorted_and_ends_with_a_line():
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
 
 
+def test_a_run_older_than_a_dial_of_the_sampler_is_read():
+    t = tree(configs.default())
+    del t["sampler"]["guidance"], t["sampler"]["threshold"]
+    assert configs.from_json(json.dumps(t)).to_dict() == configs.default().to_dict()
+    del t["sampler"]
+    with pytest.raises(UserError, match=r"config\.json: got 'no sampler\."):
+        configs.from_json(json.dumps(t))
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
