@@ -17,7 +17,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "experiments" / "notebooks"
 MAX_BYTES = 300_000
-_COLORS = 32  # of a picture
+_COLORS = 64  # of a picture
 
 
 def run(path: Path, smoke: bool, timeout: int = 600) -> nbformat.NotebookNode:
@@ -59,7 +59,7 @@ def _fewer_colors(png: str) -> str:
 
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     out = io.BytesIO()
-    image.quantize(_COLORS, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    image.quantize(_COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
 

@@ -18,10 +18,10 @@ NAMES = ["1_hyperschedules", "2_noising", "3_generate", "4_scale"]
 REPOSITORY = "https://colab.research.google.com/github/hdlm-jax/hdlm_jax/blob/main/experiments/notebooks/"
 PICTURES = {"1_hyperschedules": 11, "2_noising": 12, "3_generate": 4, "4_scale": 1}  # at least
 SAID = {  # what a notebook must find, whatever its size
-    "1_hyperschedules": ["regions:", "allowed: calls that each lower some level", "for a 'prefix' model"],
-    "2_noising": ["standard errors"],
-    "3_generate": ["prefix model, further than a window from the ending: at most 0.000 of the texts differ"],
-    "4_scale": ["8 devices", "fresh start", "resumed at step 4", "bit for bit the same: True"],
+    "1_hyperschedules": [r"regions:", r"allowed: calls that each lower some level", r"for a 'prefix' model"],
+    "2_noising": [r"standard errors"],
+    "3_generate": [r"prefix: the ending is seen from 6 of", r"full: the ending is seen from (\d+) of \1 positions"],
+    "4_scale": [r"8 devices", r"fresh start", r"resumed at step 4", r"bit for bit the same: True"],
 }
 
 
@@ -48,7 +48,7 @@ def pictures(notebook):
 def assert_tells_its_story(name, notebook):
     assert len(pictures(notebook)) >= PICTURES[name]
     for words in SAID[name]:
-        assert words in said(notebook), f"{name} does not say {words!r}"
+        assert re.search(words, said(notebook)), f"{name} does not say {words!r}"
 
 
 def test_these_are_all():
@@ -117,5 +117,5 @@ def test_pictures_are_kept_with_fewer_colours():
     cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text=str(Path("/work"))))
     kept = notebooks.slim(nbformat.v4.new_notebook(cells=[cell]))
     image = Image.open(BytesIO(base64.b64decode(pictures(kept)[0])))
-    assert image.size == (32, 32) and len(image.convert("RGB").getcolors()) <= 32
+    assert image.size == (32, 32) and len(image.convert("RGB").getcolors()) <= 64
     assert len(outputs(kept)) == 1
