@@ -16,7 +16,7 @@ from tests import notebooks
 
 NAMES = ["1_hyperschedules", "2_noising", "3_generate", "4_scale"]
 REPOSITORY = "https://colab.research.google.com/github/hdlm-jax/hdlm_jax/blob/main/experiments/notebooks/"
-PICTURES = {"1_hyperschedules": 11, "2_noising": 12, "3_generate": 4, "4_scale": 1}  # at least
+PICTURES = {"1_hyperschedules": 10, "2_noising": 12, "3_generate": 4, "4_scale": 1}  # at least
 SAID = {  # what a notebook must find, whatever its size
     "1_hyperschedules": [r"regions:", r"allowed: calls that each lower some level", r"for a 'prefix' model"],
     "2_noising": [r"standard errors"],
