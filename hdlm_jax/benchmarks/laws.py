@@ -85,7 +85,7 @@ def markov_law(length: int) -> np.ndarray:
 
     >>> law = markov_law(2)
     >>> law.shape, float(law.sum()).__round__(9), float(law[0, 1] / law[0].sum()).__round__(2)
-    ((3, 3), 1.0, 0.83)
+    ((3, 3), 1.0, 0.85)
     """
     states = np.arange(N)
     move = np.where(states[None, :] == (states[:, None] + 1) % N, 0.9, 0.05)

@@ -165,7 +165,7 @@ def prepare(
         partial.chmod(0o755)
         _write(partial, config, corpus, tokenizer, progress or (lambda *_: None))
         if remote:
-            files.copy_folder(partial, folder, last=MANIFEST)
+            _upload(partial, folder)
         else:
             publish(partial, folder)
     finally:

@@ -29,7 +29,7 @@ def test_guidance_weighs_scores_with_and_without_what_is_given(conditioning):
         level = lambda step: jnp.where(given_BxL, plain.hs.tau_max, plain.hs.levels_at(step)[None])
         phase = phases.at_step(jnp.full(3, STEP), jnp.zeros(3, int), L, plain.hs, plain.schedule, 1.0)
         phase = phase._replace(alpha_t=plain.alpha(level(STEP)))
-        without = np.asarray(jit(lambda p: network._all_rows(plain, p, masked_BxL, phase))(params))[..., :N]
+        without = np.asarray(jit(lambda p: network.all_rows(plain, p, masked_BxL, phase))(params))[..., :N]
     else:
         without = scores(plain, params, masked_BxL, jnp.zeros_like(given_BxL))
     guided = scores(plain._replace(guidance=1.5), params, x_BxL, given_BxL)

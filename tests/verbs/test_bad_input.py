@@ -15,8 +15,8 @@ QUICK = f"{ROOT}/experiments/quickstart.py:smoke"
 POSITIVE = "allowed: a positive integer"
 
 COMMANDS = [
-    ("", "no VERB given; allowed: prepare, train, evaluate, sample, import, export, plan, draw, bench"),
-    ("trian", "VERB: got 'trian' (did you mean 'train'?); allowed: 'bench', 'draw', 'evaluate'"),
+    ("", "no VERB given; allowed: prepare, train, evaluate, diagnose, sample, import, export, plan, draw, bench"),
+    ("trian", "VERB: got 'trian' (did you mean 'train'?); allowed: 'bench', 'diagnose', 'draw'"),
     ("train", "the following arguments are required: --workdir; see `hdlm train --help`"),
     ("train --workdir {work}", "one of the arguments --config --init is required; see `hdlm train --help`"),
     ("train --config {quick} --init {tmp} --workdir {work}", "argument --init: not allowed with argument --config"),
@@ -35,7 +35,7 @@ COMMANDS = [
     ("train --config {tmp}/nope.py --workdir {work}", "--config: got '{tmp}/nope.py'"),
     ("train --config {quick}st --workdir {work}", "--config argument: got 'smokest' (did you mean 'smoke'?)"),
     ("train --config {quick} --workdir {binary}", "--workdir: {binary} cannot be written to"),
-    ("train --config {quick} --workdir gs://bucket/run", "--workdir: got 'gs://bucket/run'; allowed: a folder of this"),
+    ("train --config {quick} --workdir s3://bucket/run", "--workdir: got 's3://bucket/run'; allowed: a folder of this"),
     ("draw", "required: PICTURE"),
     ("draw hypershedule", "argument PICTURE: invalid choice: 'hypershedule' (choose from 'hyperschedule',"),
     ("bench generate", "argument WHAT: invalid choice: 'generate' (choose from 'train', 'sample',"),
@@ -187,7 +187,7 @@ RUN = [
     ("evaluate --run {run} --config.model.hidden=3", "--config.model.hidden=3: no such argument; see `hdlm evaluate"),
     ("sample --run {tmp}", "run folder: got '{tmp}'"),
     ("sample --run {run} --num 0", f"--num: got 0; {POSITIVE}"),
-    ("sample --run {run} --length 33", "length: got 33; allowed: 1 .. 32, the trained length"),
+    ("sample --run {run} --length 33 --fixed 9=a", "fixed: got {{9: 'a'}}; allowed: nothing for texts past the trained"),
     ("sample --run {run} --prompt " + 32 * "x", "prompt: got '32 tokens'; allowed: fewer than the text's 32 tokens"),
     ("sample --run {run} --length 8 --prompt " + 8 * "x", "prompt: got '8 tokens'; allowed: fewer than the text's 8"),
     ("sample --run {run} --seed 99999999999999999999", "--seed: got 99999999999999999999"),
