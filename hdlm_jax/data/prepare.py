@@ -185,6 +185,13 @@ def _load_corpus(config: DataConfig) -> corpora.Corpus:
     )
 
 
+def _upload(partial: Path, folder: Path) -> None:
+    try:
+        files.copy_folder(partial, folder, last=MANIFEST)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({files.reason(error)})") from error
+
+
 def _require_free(folder: Path) -> None:
     free = not files.is_file(folder) and not files.names(folder)
     require(free, "out", str(folder), "a new or empty folder, or one that holds the same prepared data")

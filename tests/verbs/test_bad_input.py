@@ -187,7 +187,7 @@ RUN = [
     ("evaluate --run {run} --config.model.hidden=3", "--config.model.hidden=3: no such argument; see `hdlm evaluate"),
     ("sample --run {tmp}", "run folder: got '{tmp}'"),
     ("sample --run {run} --num 0", f"--num: got 0; {POSITIVE}"),
-    ("sample --run {run} --length 33 --fixed 9=a", "fixed: got {{9: 'a'}}; allowed: nothing for texts past the trained"),
+    ("sample --run {run} --length 33 --fixed 9=a", "fixed: got {{9: 'a'}}; allowed: nothing for texts past the"),
     ("sample --run {run} --prompt " + 32 * "x", "prompt: got '32 tokens'; allowed: fewer than the text's 32 tokens"),
     ("sample --run {run} --length 8 --prompt " + 8 * "x", "prompt: got '8 tokens'; allowed: fewer than the text's 8"),
     ("sample --run {run} --seed 99999999999999999999", "--seed: got 99999999999999999999"),
