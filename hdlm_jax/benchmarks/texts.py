@@ -6,7 +6,7 @@ import numpy as np
 
 from hdlm_jax.errors import require
 from hdlm_jax.evaluation import diversity, mauve, quality
-from hdlm_jax.evaluation.diagnostics import Report
+from hdlm_jax.evaluation.report import Report
 from hdlm_jax.interop import causal_judge
 from hdlm_jax.lm import LanguageModel
 

@@ -282,8 +282,7 @@ def _idle(chain: Chain, given_BxL: Array, skips: bool) -> Callable[[State, Array
 
     def level_BxL(step: Array) -> Array:
         relative_BxL = jnp.arange(given_BxL.shape[1])[None, :] - origins(chain, given_BxL)[:, None]
-        level_BxL = chain.hs.level_of(jnp.maximum(relative_BxL, 0), step)
-        return jnp.where(given_BxL | (relative_BxL < 0), 0, level_BxL)
+        return jnp.where(given_BxL, 0, chain.hs.level_of(relative_BxL, step))
 
     def idle(state: State, step: Array) -> Array:
         now_BxL, nothing = level_BxL(step), jnp.bool_(False)

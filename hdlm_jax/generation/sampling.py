@@ -17,7 +17,7 @@ from hdlm_jax.diffusion.fields import seed as checked_seed
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
 from hdlm_jax.errors import UserError, one_of, require
 from hdlm_jax.generation import loop, prompting, segments, shaping
-from hdlm_jax.generation.chain import Chain
+from hdlm_jax.generation.chain import Chain, origins
 from hdlm_jax.generation.trajectory import MAX_FRAMES, Trajectory
 from hdlm_jax.models import cache as kv_cache
 from hdlm_jax.models.parts import Parts, build_rule
@@ -169,7 +169,7 @@ def finished(chain: Chain, tokenizer: Tokenizer, given: prompting.Given, state: 
     trajectory = None
     if state.frames is not None:
         steps = np.array(loop.frame_steps(chain, frames), np.int32)
-        origin_B = np.asarray(loop.origins(chain, jnp.asarray(given.mask)))
+        origin_B = np.asarray(origins(chain, jnp.asarray(given.mask)))
         record = map(np.asarray, state.frames)
         trajectory = Trajectory(steps, *record, given.mask, origin_B, chain.hs, chain.process.mask)
     lengths = prompting.ends(tokens, given.mask, chain.end)

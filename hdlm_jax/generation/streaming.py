@@ -53,12 +53,11 @@ def snapshots(
     given = prompting.encode(tokenizer, [prompt], length, fixed)
     pieces = sampling.steps(chain, params, given, sampling.keys(seed, 1), every)
     relative_L = np.arange(length) - int(origins(chain, jnp.asarray(given.mask))[0])
-    settled_L = given.mask[0] | (relative_L < 0)
 
     def walk() -> Iterator[Snapshot]:
         for step, state in pieces:
             tokens_L = np.asarray(state.x[0])
-            level_L = np.where(settled_L, 0, chain.hs.level_of(np.maximum(relative_L, 0), step))
+            level_L = np.where(given.mask[0], 0, chain.hs.level_of(relative_L, step))
             kept = given.mask | (level_L > 0)[None]  # only a settled end is one
             end = int(prompting.ends(tokens_L[None], kept, chain.end)[0])
             last = step == chain.hs.num_steps or end < length

@@ -36,9 +36,8 @@ class Trajectory:
         """int32 [F, B, L], the level of every position in every frame; 0 where given."""
         position_L = np.arange(self.tokens.shape[2])
         relative_BxL = position_L[None, :] - self.origins[:, None]
-        step_F = self.steps[:, None, None]
-        level = self.hyperschedule.level_of(np.maximum(relative_BxL, 0)[None], step_F)
-        return np.where((relative_BxL < 0) | self.given, 0, level).astype(np.int32)
+        level_FxBxL = self.hyperschedule.level_of(relative_BxL[None], self.steps[:, None, None])
+        return np.where(self.given, 0, level_FxBxL).astype(np.int32)
 
     def windows(self) -> np.ndarray:
         """int32 [F, B, 2], (start, stop) of the window of the call that follows each frame, empty after the last."""

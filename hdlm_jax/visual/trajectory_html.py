@@ -112,7 +112,7 @@ def states(trajectory: Trajectory, text: int) -> np.ndarray:
     """int [F, L]: SETTLED, ACTIVE, WORTHLESS (in the call that follows each frame) or GIVEN."""
     hs, origin = trajectory.hyperschedule, int(trajectory.origins[text])
     position_L = np.arange(trajectory.tokens.shape[2]) - origin
-    next_level_FxL = hs.level_of(np.maximum(position_L, 0)[None, :], trajectory.steps[:, None] + 1)
+    next_level_FxL = hs.level_of(position_L[None, :], trajectory.steps[:, None] + 1)
     begun_FxL = np.where(next_level_FxL < hs.tau_max, ACTIVE, WORTHLESS)
     state_FxL = np.where(trajectory.levels()[:, text] == 0, SETTLED, begun_FxL)
     return np.where(trajectory.given[text], GIVEN, state_FxL)
