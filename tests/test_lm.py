@@ -13,13 +13,13 @@ from hdlm_jax import lm as lms
 from hdlm_jax.data import tokenizers
 from hdlm_jax.diffusion import hyperschedules
 from hdlm_jax.errors import UserError
-from hdlm_jax.generation import network, sampling
+from hdlm_jax.generation import sampling
 from hdlm_jax.generation.chain import Chain
 from hdlm_jax.models import parts as builders
 from hdlm_jax.models.transformer import TransformerConfig, init
 from hdlm_jax.training.checkpoints import Checkpoints
 from hdlm_jax.training.state import TrainState
-from tests.generation.chains import jit, run_of_sampling
+from tests.generation.chains import jit, recomputed_scores, run_of_sampling
 
 L = 12
 TOKENIZER = tokenizers.bytes_tokenizer()
@@ -231,7 +231,7 @@ def test_logits_of_a_conditioned_model_are_what_a_flat_step_sees():
     parts = conditioned.parts
     chain = Chain(parts.model, hs, parts.schedule, parts.process, None)
     given_BxL, x_BxL = jnp.zeros((2, L), bool), jnp.asarray(tokens_BxL, jnp.int32)
-    recomputed = jit(functools.partial(network.recomputed_logits, chain))
+    recomputed = jit(functools.partial(recomputed_scores, chain))
     phase, expected = recomputed(conditioned.params, x_BxL, given_BxL, jnp.int32(1))
     scores = conditioned.logits(tokens_BxL, parts.schedule.sigma(phase.alpha_t))
     np.testing.assert_allclose(scores, expected, atol=1e-5)

@@ -183,9 +183,9 @@ def _sample(
     prior_rng, rng = jax.random.split(jax.random.key(seed))
     z_SxL = process.prior(prior_rng, shape, alphas[0])
     memory = None if rule.memory is None else jnp.full(shape, rule.memory)
-    made = 0.0
+    made, saves = 0.0, rule.chance is not None and rule.draw is None  # without masks nothing is left to ask
     for k in range(steps):
-        made += (np.asarray(z_SxL) == process.mask).any(1).mean() if rule.skips else 1
+        made += (np.asarray(z_SxL) == process.mask).any(1).mean() if saves else 1
         # tokens of a process that freezes them tell the same at every noise level: one table serves all
         table_ZxLxV = network(0.5 if process.frozen else float(alphas[k]))
         z_SxL, memory = advance(jax.random.fold_in(rng, k), z_SxL, table_ZxLxV, alphas[k : k + 2], memory)

@@ -6,6 +6,8 @@ apart tokens deep in the tail (2^-24 of the mass is hundreds of tokens there). O
 as many bits for each and costs ten times as much on a CPU.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -16,7 +18,20 @@ BLOCK = 64  # tokens
 UNITS = 2.0**23  # whole parts of the CDF; float32 counts them exactly
 
 
-@jax.jit
+class Uniforms(NamedTuple):
+    """What one draw takes from chance: uniforms float32, each of the draws' shape."""
+
+    block: Array
+    token: Array
+    block_part: Array
+    token_part: Array
+
+
+def uniforms(rng: Array, shape: tuple[int, ...]) -> Uniforms:
+    """The chance of draws of a shape."""
+    return Uniforms(*jax.random.uniform(rng, (4, *shape), jnp.float32))
+
+
 def categorical(rng: Array, logits_V: Array) -> Array:
     """Draws from softmax(logits): [..., V] -> int32 [...]. Logits of -inf are never drawn.
 
@@ -26,17 +41,22 @@ def categorical(rng: Array, logits_V: Array) -> Array:
     >>> categorical(jax.random.key(0), logits_BxV).tolist()
     [70, 70]
     """
+    return categorical_of(uniforms(rng, logits_V.shape[:-1]), logits_V)
+
+
+@jax.jit
+def categorical_of(u: Uniforms, logits_V: Array) -> Array:
+    """`categorical` of uniforms that have been drawn."""
     logits_V = logits_V.astype(jnp.promote_types(logits_V.dtype, jnp.float32))
     *batch, V = logits_V.shape
     blocks = -(-V // BLOCK)
     padding = [(0, 0)] * len(batch) + [(0, blocks * BLOCK - V)]
     logits_GxK = jnp.pad(logits_V, padding, constant_values=-jnp.inf).reshape(*batch, blocks, BLOCK)
     top = logits_GxK.max((-2, -1), keepdims=True)
-    u, v, *parts = jax.random.uniform(rng, (4, *batch), logits_V.dtype)
-    block = invert(jnp.exp(logits_GxK - top).sum(-1), jnp.floor(u * UNITS), parts[0])
+    block = invert(jnp.exp(logits_GxK - top).sum(-1), jnp.floor(u.block * UNITS), u.block_part)
     chosen_K = jnp.take_along_axis(logits_GxK, block[..., None, None], -2)[..., 0, :]
     weights_K = jnp.exp(chosen_K - chosen_K.max(-1, keepdims=True))
-    return block * BLOCK + invert(weights_K, jnp.floor(v * UNITS), parts[1])
+    return block * BLOCK + invert(weights_K, jnp.floor(u.token * UNITS), u.token_part)
 
 
 @jax.jit

@@ -31,7 +31,7 @@ from jax import Array
 
 from hdlm_jax.diffusion.fields import number
 from hdlm_jax.diffusion.noising import NoisingProcess, unmasked_share
-from hdlm_jax.diffusion.reverse import Resampling, predicted, reading_of, transfer
+from hdlm_jax.diffusion.reverse import Chance, Resampling, decide, proposed, reading_of, transfer
 from hdlm_jax.diffusion.rules import Move, Rule, probability, rank, require_frozen
 from hdlm_jax.errors import UserError, one_of
 
@@ -88,7 +88,7 @@ def threshold(process: NoisingProcess, threshold: float = 0.9, reading: str | No
     """
     least = number("sampler.threshold", threshold, "a number in (0, 1]", lambda value: 0 < value <= 1)
     pace = Pace(_up, lambda sorted_W: (sorted_W >= least).sum())
-    return _ranked("threshold", process, reading, _proposal, pace, skips=True)
+    return _ranked("threshold", process, reading, _proposal, pace, masks_only=True)
 
 
 def factor(process: NoisingProcess, factor: float = 1.0, reading: str | None = None) -> Rule:
@@ -106,7 +106,7 @@ def factor(process: NoisingProcess, factor: float = 1.0, reading: str | None = N
         fits_W = (sorted_W >= 0) & ((place_W + 1) * (1 - sorted_W) <= factor)
         return jnp.cumprod(fits_W.astype(jnp.int32)).sum()
 
-    return _ranked("factor", process, reading, _proposal, Pace(_up, extra), skips=True)
+    return _ranked("factor", process, reading, _proposal, Pace(_up, extra), masks_only=True)
 
 
 def first_hitting(process: NoisingProcess, reading: str | None = None) -> Rule:
@@ -117,7 +117,7 @@ def first_hitting(process: NoisingProcess, reading: str | None = None) -> Rule:
     """
     one = Pace(lambda shares: jnp.ones((), jnp.int32))
     nothing = lambda scores_WxN, x0_W: jnp.zeros(x0_W.shape)
-    return _ranked("first_hitting", process, reading, nothing, one, 1.0, skips=True)
+    return _ranked("first_hitting", process, reading, nothing, one, 1.0, masks_only=True)
 
 
 def mask_predict(process: NoisingProcess, reading: str | None = None) -> Rule:
@@ -178,10 +178,10 @@ def _ranked(
     score: Callable[[Array, Array], Array],
     pace: Pace,
     order_temperature: float = 0.0,
-    skips: bool = False,
+    masks_only: bool = False,
 ) -> Rule:
     require_frozen(name, process, reading)
-    if skips and process.epsilon > 0:
+    if masks_only and process.epsilon > 0:
         raise UserError(
             f"sampler.kind: got {name!r} with noising.kind {process.name!r}; allowed: 'confidence' and others ({name}"
             " ends when no mask is left, and the exact last step of shuffled tokens would be left out)"
@@ -189,7 +189,8 @@ def _ranked(
     allowed = "a number >= 0 (0: no noise on the order)"
     heat = number("sampler.order_temperature", order_temperature, allowed, lambda value: value >= 0)
     draws = Resampling(process, 0.0, reading_of(process, reading), 0.0, exact_last=True)
-    return Rule(name, partial(_commit, draws, score, pace, heat), skips=skips)
+    masks = lambda rng, zt_W, move: Chance(move.changes & (zt_W == process.mask))
+    return Rule(name, partial(_commit, draws, score, pace, heat), chance=masks if masks_only else None)
 
 
 def _commit(
@@ -206,7 +207,7 @@ def _commit(
 ) -> tuple[Array, Any]:
     x0_rng, order_rng = jax.random.split(rng)
     process, last_W = draws.process, move.alpha_s >= 1
-    x0_W, _ = predicted(draws, x0_rng, zt_W, logits_WxV, last_W)
+    x0_W = proposed(draws, decide(draws, x0_rng, zt_W, last_W)[1], zt_W, logits_WxV)
     scores_WxN = (logits_WxV if scores_WxV is None else scores_WxV)[..., : process.num_tokens].astype(jnp.float32)
     may_W = move.changes & (zt_W == process.mask)
     score_W = score(scores_WxN, x0_W)
@@ -231,7 +232,7 @@ def _mask_predict(
     scores_WxV: Array | None = None,
 ) -> tuple[Array, Array]:
     process, last_W = draws.process, move.alpha_s >= 1
-    x0_W, _ = predicted(draws, rng, zt_W, logits_WxV, last_W)
+    x0_W = proposed(draws, decide(draws, rng, zt_W, last_W)[1], zt_W, logits_WxV)
     p_W = probability(logits_WxV if scores_WxV is None else scores_WxV, x0_W, process.num_tokens)
     drawn_W = move.changes & ((zt_W == process.mask) | _exactly_last(process, zt_W, move))
     token_W, memory_W = jnp.where(drawn_W, x0_W, zt_W), jnp.where(drawn_W, p_W, memory_W)

@@ -23,7 +23,7 @@ At a position's last call sigma_max is 0: no mask is left.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -31,7 +31,7 @@ from jax import Array
 from hdlm_jax.diffusion import noise_schedules
 from hdlm_jax.diffusion.fields import number
 from hdlm_jax.diffusion.noising import NoisingProcess, unmasked_share
-from hdlm_jax.diffusion.reverse import Resampling, checked_eta, predicted, reading_of
+from hdlm_jax.diffusion.reverse import Proposal, Resampling, checked_eta, decide, proposed, reading_of
 from hdlm_jax.diffusion.rules import Move, Rule, probability, require_frozen
 
 Sigma = Callable[[Array, Move, Array, Array | None], Array]
@@ -115,10 +115,38 @@ def unmasking(process: NoisingProcess, move: Move, sigma_W: Array) -> Array:
     return jnp.where(move.alpha_s >= 1, 1, jnp.clip(share, 0, 1))
 
 
+class _Chance(NamedTuple):
+    """A `Chance` with the positions that become the mask, which are among those that draw."""
+
+    draws: Array
+    again: Array
+    proposal: Proposal
+
+
 def _rule(name: str, process: NoisingProcess, reading: str | None, sigma: Sigma, memory: float | None = None) -> Rule:
     require_frozen(name, process, reading)
     draws = Resampling(process, 0.0, reading_of(process, reading), process.epsilon, exact_last=True)
-    return Rule(name, partial(_step, draws, sigma, memory), memory)
+    step = partial(_step, draws, sigma, memory)
+    if memory is not None:
+        return Rule(name, step, memory)
+    return Rule(name, step, chance=partial(_chance, draws, sigma), draw=partial(_draw, draws))
+
+
+def _chance(
+    draws: Resampling, sigma: Sigma, rng: Array, zt_W: Array, move: Move, memory_W: Array | None = None
+) -> _Chance:
+    process, last_W, masked_W = draws.process, move.alpha_s >= 1, zt_W == draws.process.mask
+    sigma_W = sigma(zt_W, move, largest_sigma(process, move), memory_W)
+    u_W, proposal = decide(draws, rng, zt_W, last_W)
+    placed_W = masked_W & (u_W < unmasking(process, move, sigma_W))
+    redrawn_W = ~masked_W & last_W & (process.epsilon > 0)
+    again_W = ~masked_W & ~redrawn_W & (u_W < sigma_W) & move.changes
+    return _Chance(move.changes & (placed_W | redrawn_W | again_W), again_W, proposal)
+
+
+def _draw(draws: Resampling, chance: _Chance, zt_W: Array, logits_WxV: Array, move: Move) -> Array:
+    x0_W = proposed(draws, chance.proposal, zt_W, logits_WxV)
+    return jnp.where(chance.again, draws.process.mask, jnp.where(chance.draws, x0_W, zt_W))
 
 
 def _step(
@@ -133,18 +161,13 @@ def _step(
     scores_WxV: Array | None = None,
 ) -> tuple[Array, Any]:
     process = draws.process
-    last_W, masked_W = move.alpha_s >= 1, zt_W == process.mask
-    sigma_W = sigma(zt_W, move, largest_sigma(process, move), memory_W)
-    x0_W, u_W = predicted(draws, rng, zt_W, logits_WxV, last_W)
-    placed_W = jnp.where(u_W < unmasking(process, move, sigma_W), x0_W, process.mask)
-    kept_W = jnp.where(u_W < sigma_W, process.mask, zt_W)
-    if process.epsilon > 0:
-        kept_W = jnp.where(last_W, x0_W, kept_W)
-    zs_W = jnp.where(move.changes, jnp.where(masked_W, placed_W, kept_W), zt_W)
+    chance = _chance(draws, sigma, rng, zt_W, move, memory_W)
+    zs_W = _draw(draws, chance, zt_W, logits_WxV, move)
     if fresh is None:
         return zs_W, memory_W
+    x0_W = proposed(draws, chance.proposal, zt_W, logits_WxV)
     p_W = probability(logits_WxV if scores_WxV is None else scores_WxV, x0_W, process.num_tokens)
-    remembered_W = jnp.where(masked_W, p_W, memory_W)
+    remembered_W = jnp.where(zt_W == process.mask, p_W, memory_W)
     remembered_W = jnp.where(zs_W == process.mask, fresh, remembered_W)
     return zs_W, jnp.where(move.changes, remembered_W, memory_W)
 

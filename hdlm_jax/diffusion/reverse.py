@@ -30,10 +30,34 @@ import jax.numpy as jnp
 from jax import Array
 
 from hdlm_jax.diffusion import scores
-from hdlm_jax.diffusion.categorical import categorical
+from hdlm_jax.diffusion.categorical import Uniforms, categorical, categorical_of, uniforms
 from hdlm_jax.diffusion.fields import number
 from hdlm_jax.diffusion.noising import NoisingProcess, to_posterior, unmasked_share
 from hdlm_jax.errors import UserError, choose
+
+
+class Proposal(NamedTuple):
+    """What a draw from the network's prediction takes from chance, every leaf of the tokens' shape.
+
+    Attributes:
+      uniforms: of the draw.
+      other: int32, the token that smoothing puts in its place, -1 where none; None without smoothing.
+    """
+
+    uniforms: Uniforms
+    other: Array | None
+
+
+class Chance(NamedTuple):
+    """What a step takes from chance before the network is asked.
+
+    Attributes:
+      draws: bool, the positions that draw a token; the others keep theirs.
+      proposal: of every position; None where it is drawn later.
+    """
+
+    draws: Array
+    proposal: Proposal | None = None
 
 
 class ReverseStep(NamedTuple):
@@ -45,11 +69,16 @@ class ReverseStep(NamedTuple):
         scores (zt, logits_N, alpha_t, alpha_s), alpha_t > 0.
       step: (rng, zt_BxW, logits_BxWxN, alpha_t_BxW, alpha_s_BxW) -> zs_BxW, one draw of every position; any
         leading shape will do, and logits may have V columns (the mask's is left out).
+      chance: (rng, zt, alpha_t, alpha_s) -> `Chance`, where chance alone says which positions draw a token: the
+        others need no scores. None where the scores have a say.
+      draw: (chance, zt, logits, alpha_t, alpha_s) -> zs, at all of the positions or some; `step` is both together.
     """
 
     name: str
     kernel: Callable[[Array, Array, Array, Array], Array]
     step: Callable[[Array, Array, Array, Array, Array], Array]
+    chance: Callable[[Array, Array, Array, Array], Chance] | None = None
+    draw: Callable[[Chance, Array, Array, Array, Array], Array] | None = None
 
 
 class Resampling(NamedTuple):
@@ -90,8 +119,7 @@ def ancestral(process: NoisingProcess, reading: str | None = None) -> ReverseSte
     kernel = partial(process.reverse, reading=reading)
     if not process.frozen:
         return ReverseStep("ancestral", kernel, partial(_table_step, kernel, process.num_tokens))
-    rule = Resampling(process, 0.0, reading, process.epsilon, exact_last=True)
-    return ReverseStep("ancestral", kernel, partial(_resampling_step, rule))
+    return _resampling("ancestral", Resampling(process, 0.0, reading, process.epsilon, exact_last=True), kernel)
 
 
 def analytic(process: NoisingProcess, reading: str | None = None) -> ReverseStep:
@@ -152,8 +180,13 @@ SAMPLERS: Mapping[str, Callable[..., ReverseStep]] = {
 }
 
 
-def _resampling(name: str, rule: Resampling) -> ReverseStep:
-    return ReverseStep(name, partial(_resampling_kernel, rule), partial(_resampling_step, rule))
+def _resampling(name: str, rule: Resampling, kernel: Callable[..., Array] | None = None) -> ReverseStep:
+    chance, draw = partial(_chance, rule), partial(_draw, rule)
+
+    def step(rng, zt, logits, alpha_t, alpha_s):
+        return draw(chance(rng, zt, alpha_t, alpha_s), zt, logits, alpha_t, alpha_s)
+
+    return ReverseStep(name, kernel or partial(_resampling_kernel, rule), step, chance, draw)
 
 
 def _resampling_kernel(rule: Resampling, zt: Array, x0_probs_N: Array, alpha_t: Array, alpha_s: Array) -> Array:
@@ -167,23 +200,33 @@ def _resampling_kernel(rule: Resampling, zt: Array, x0_probs_N: Array, alpha_t: 
     return (1 - change) * stay_V + change * jnp.append(smooth_N, 0)
 
 
-def _resampling_step(rule: Resampling, rng: Array, zt: Array, logits: Array, alpha_t: Array, alpha_s: Array) -> Array:
+def _chance(rule: Resampling, rng: Array, zt: Array, alpha_t: Array, alpha_s: Array) -> Chance:
     alpha_t, alpha_s = jnp.broadcast_to(alpha_t, zt.shape), jnp.broadcast_to(alpha_s, zt.shape)
     change, last = _change(rule, zt, alpha_t, alpha_s)
-    x0, u = predicted(rule, rng, zt, logits, last)
-    return jnp.where(u < change, x0, zt)
+    u, proposal = decide(rule, rng, zt, last)
+    return Chance(u < change, proposal)
 
 
-def predicted(rule: Resampling, rng: Array, zt: Array, logits: Array, last: Array) -> tuple[Array, Array]:
-    """Tokens drawn from the smoothed p(x | zt), unsmoothed where `last`, and uniforms to decide by; zt's shape."""
-    N = rule.process.num_tokens
+def _draw(rule: Resampling, chance: Chance, zt: Array, logits: Array, alpha_t: Array, alpha_s: Array) -> Array:
+    return jnp.where(chance.draws, proposed(rule, chance.proposal, zt, logits), zt)
+
+
+def decide(rule: Resampling, rng: Array, zt: Array, last: Array) -> tuple[Array, Proposal]:
+    """Uniforms of zt's shape to decide by, and proposals; nothing is smoothed where `last`."""
     x0_rng, token_rng, decision_rng = jax.random.split(rng, 3)
-    x0 = categorical(x0_rng, posterior_logits(rule.process, rule.reading, zt, logits[..., :N])).astype(zt.dtype)
     decision_u, smooth_u = jax.random.uniform(decision_rng, (2, *zt.shape))
+    other = None
     if rule.smoothing > 0:
-        random = jax.random.randint(token_rng, zt.shape, 0, N, zt.dtype)
-        x0 = jnp.where((smooth_u < rule.smoothing) & ~last, random, x0)
-    return x0, decision_u
+        random = jax.random.randint(token_rng, zt.shape, 0, rule.process.num_tokens, zt.dtype)
+        other = jnp.where((smooth_u < rule.smoothing) & ~last, random, -1)
+    return decision_u, Proposal(uniforms(x0_rng, zt.shape), other)
+
+
+def proposed(rule: Resampling, proposal: Proposal, zt: Array, logits: Array) -> Array:
+    """The tokens of proposals from the smoothed p(x | zt), of zt's shape."""
+    logits = posterior_logits(rule.process, rule.reading, zt, logits[..., : rule.process.num_tokens])
+    x0 = categorical_of(proposal.uniforms, logits).astype(zt.dtype)
+    return x0 if proposal.other is None else jnp.where(proposal.other < 0, x0, proposal.other)
 
 
 def transfer(process: NoisingProcess, alpha_t: Array, alpha_s: Array) -> Array:

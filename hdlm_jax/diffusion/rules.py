@@ -16,7 +16,7 @@ from jax import Array
 from hdlm_jax.diffusion import scores
 from hdlm_jax.diffusion.noise_schedules import NoiseSchedule
 from hdlm_jax.diffusion.noising import NoisingProcess
-from hdlm_jax.diffusion.reverse import ReverseStep
+from hdlm_jax.diffusion.reverse import Chance, ReverseStep
 from hdlm_jax.errors import UserError
 
 
@@ -44,14 +44,17 @@ class Rule(NamedTuple):
         (None: the logits). Both may have the mask's column, which is left out. Positions that do not change keep
         token and memory.
       memory: what every position remembers at first; None for rules without memory, whose memory_W is None.
-      skips: whether calls whose window holds no mask that may change are left out.
+      chance: (rng, zt_W, move) -> `Chance`: calls in which no position draws a token are left out. None: any may.
+      draw: (chance, zt_W, logits_WxV, move) -> zs_W, for rules that move every position on its own: `step` of all
+        positions or some, whose chance has been drawn. None: `step` it is.
       warp: the noise schedule that it runs under, from the one trained under; None: the same.
     """
 
     name: str
     step: Callable[..., tuple[Array, Array | None]]
     memory: float | None = None
-    skips: bool = False
+    chance: Callable[[Array, Array, Move], Chance] | None = None
+    draw: Callable[[Chance, Array, Array, Move], Array] | None = None
     warp: Callable[[NoiseSchedule], NoiseSchedule] | None = None
 
 
@@ -61,7 +64,16 @@ def positionwise(reverse: ReverseStep) -> Rule:
     def step(rng, zt_W, logits_WxV, move, memory_W, scores_WxV=None):
         return reverse.step(rng, zt_W, logits_WxV, move.alpha_t, move.alpha_s), memory_W
 
-    return Rule(reverse.name, step)
+    if reverse.draw is None:
+        return Rule(reverse.name, step)
+
+    def chance(rng, zt_W, move):
+        return reverse.chance(rng, zt_W, move.alpha_t, move.alpha_s)
+
+    def draw(chance_W, zt_W, logits_WxV, move):
+        return reverse.draw(chance_W, zt_W, logits_WxV, move.alpha_t, move.alpha_s)
+
+    return Rule(reverse.name, step, chance=chance, draw=draw)
 
 
 def probability(scores_WxV: Array, tokens_W: Array, num_tokens: int) -> Array:

@@ -29,6 +29,7 @@ class Chain(NamedTuple):
       process: the noising process.
       rule: how a call moves its window.
       shape_logits: (scores_BxWxV, x_BxL) -> scores: temperature, top-k, top-p, forbidden tokens and the like.
+      every_row: whether that asks for all rows of the window at once.
       cache_dtype: of keys and values; '' is that of the activations.
       guidance: w of classifier-free guidance; 0 is off.
       end: the token after which a text is finished; None: texts have their full length.
@@ -40,6 +41,7 @@ class Chain(NamedTuple):
     process: NoisingProcess
     rule: Rule
     shape_logits: Callable[[Array, Array], Array] = lambda scores, x_BxL: scores
+    every_row: bool = False
     cache_dtype: str = ""
     guidance: float = 0.0
     end: int | None = None

@@ -15,24 +15,35 @@ from hdlm_jax.models.attention import cached as cached_attention
 from hdlm_jax.models.attention import dense
 from hdlm_jax.models.transformer import forward, logits, rotary_rows
 
+Hidden = Array | tuple[Array, Array]  # [B, R, D] rows that leave the network; with guidance, a pair: see `scores`
 
-def recomputed_logits(
-    chain: Chain, params: dict, x_BxL: Array, given_BxL: Array, step: Array
-) -> tuple[phases.Phase, Array]:
-    """The phase of `step` and the scores [B, L, V] of all rows (meaningful at active positions)."""
+
+def recomputed_phase(chain: Chain, given_BxL: Array, step: Array) -> phases.Phase:
+    """The phase of `step` [B, L], in which what is given is clean and rests."""
     origin_B = origins(chain, given_BxL)
     step_B = jnp.broadcast_to(step, origin_B.shape)
-    phase = phases.at_step(step_B, origin_B, x_BxL.shape[1], chain.hs, chain.schedule, chain.process.alpha_max)
+    phase = phases.at_step(step_B, origin_B, given_BxL.shape[1], chain.hs, chain.schedule, chain.process.alpha_max)
     alphas = (jnp.where(given_BxL, 1.0, alpha) for alpha in (phase.alpha_t, phase.alpha_s))
     moves = jnp.where(given_BxL, 0.0, phase.steps)
-    phase = phase._replace(**dict(zip(("alpha_t", "alpha_s"), alphas, strict=True)), steps=moves)
+    return phase._replace(**dict(zip(("alpha_t", "alpha_s"), alphas, strict=True)), steps=moves)
+
+
+def recomputed_rows(chain: Chain, params: dict, x_BxL: Array, given_BxL: Array, phase: phases.Phase) -> Hidden:
+    """All rows of texts; their scores are meaningful at active positions."""
     if not chain.guidance:
-        return phase, all_rows(chain, params, x_BxL, phase)
+        return all_rows(chain, params, x_BxL, phase)
     masked_BxL = jnp.where(given_BxL, chain.process.mask, x_BxL)
     noise = phase._replace(alpha_t=jnp.where(given_BxL, chain.alpha(chain.hs.tau_max), phase.alpha_t))
     both = jax.tree.map(lambda *x: jnp.concatenate(x), phase, noise)
-    scores = all_rows(chain, params, jnp.concatenate([x_BxL, masked_BxL]), both)
-    return phase, guided(*jnp.split(scores, 2), chain.guidance, chain.process.num_tokens)
+    return tuple(jnp.split(all_rows(chain, params, jnp.concatenate([x_BxL, masked_BxL]), both), 2))
+
+
+def scores(chain: Chain, params: dict, hidden: Hidden) -> Array:
+    """Scores [B, R, V] of rows; of a pair, those guided by what is given."""
+    if not chain.guidance:
+        return logits(chain.config, params, hidden)
+    with_BxRxV, without_BxRxV = (logits(chain.config, params, rows) for rows in hidden)
+    return guided(with_BxRxV, without_BxRxV, chain.guidance, chain.process.num_tokens)
 
 
 def guided(with_BxLxV: Array, without_BxLxV: Array, guidance: float, num_tokens: int) -> Array:
@@ -47,16 +58,16 @@ def guided(with_BxLxV: Array, without_BxLxV: Array, guidance: float, num_tokens:
 
 
 def all_rows(chain: Chain, params: dict, x_BxL: Array, phase: phases.Phase) -> Array:
-    """The scores [B, L, V] of all rows of texts at a phase."""
+    """The rows [B, L, D] of all positions of texts at a phase."""
     rows = layouts.plain(chain.config, x_BxL, phase, trailing_row(chain))
     hidden, _ = forward(
         chain.config, params, rows.tokens, rows.positions, rows.attention, sigma_BxR=chain.sigma(rows.alpha)
     )
     first, end = rows.predicting
-    return logits(chain.config, params, hidden[:, first:end])
+    return hidden[:, first:end]
 
 
-def window_logits(
+def window_rows(
     chain: Chain,
     params: dict,
     cache: kv_cache.Cache,
@@ -65,7 +76,7 @@ def window_logits(
     step: Array,
     settling: int,
 ) -> tuple[Array, kv_cache.Cache]:
-    """Feeds `settling` rows before the window and the window; returns its scores [B, W, V] and the cache.
+    """Feeds `settling` rows before the window and the window; returns its rows [B, W, D] and the cache.
 
     Row layout: C settling rows, W window rows, one trailing row where it matters. Rows before position
     0, past the text or past the window see only themselves.
@@ -107,7 +118,7 @@ def window_logits(
     if entering:
         rows = jax.tree.map(lambda x: x[:, :, :entering], new)
         cache = kv_cache.write(cache, rows, row_BxR[:, :entering], after_B=hidden[:, 0, 0])
-    return logits(config, params, hidden[:, settling : settling + W]), cache
+    return hidden[:, settling : settling + W], cache
 
 
 def prefill(chain: Chain, params: dict, cache: kv_cache.Cache, x_BxL: Array, longest_prompt: int) -> kv_cache.Cache:

@@ -18,6 +18,7 @@ from hdlm_jax.diffusion.hyperschedules import Hyperschedule
 from hdlm_jax.errors import UserError, one_of, require
 from hdlm_jax.generation import loop, prompting, segments, shaping
 from hdlm_jax.generation.chain import Chain, origins
+from hdlm_jax.generation.state import State, begin, frame_steps
 from hdlm_jax.generation.trajectory import MAX_FRAMES, Trajectory
 from hdlm_jax.models import cache as kv_cache
 from hdlm_jax.models.parts import Parts, build_rule
@@ -114,6 +115,7 @@ def _chain(parts: Parts, hs: Hyperschedule, sampler: tuple, end, forbidden, hook
         parts.process,
         rule,
         shaping.shaper(shape, parts.model.num_tokens),
+        hook is not None,
         s.cache_dtype,
         s.guidance,
         end,
@@ -163,12 +165,12 @@ def draw(
     return finished(chain, tokenizer, given, state, frames)
 
 
-def finished(chain: Chain, tokenizer: Tokenizer, given: prompting.Given, state: loop.State, frames: int) -> Generation:
+def finished(chain: Chain, tokenizer: Tokenizer, given: prompting.Given, state: State, frames: int) -> Generation:
     """A finished state as texts."""
     tokens = np.asarray(state.x)
     trajectory = None
     if state.frames is not None:
-        steps = np.array(loop.frame_steps(chain, frames), np.int32)
+        steps = np.array(frame_steps(chain, frames), np.int32)
         origin_B = np.asarray(origins(chain, jnp.asarray(given.mask)))
         record = map(np.asarray, state.frames)
         trajectory = Trajectory(steps, *record, given.mask, origin_B, chain.hs, chain.process.mask)
@@ -220,7 +222,7 @@ def complete(
     longest_prompt: int,
     rng_B: Array,
     frames: int = 0,
-) -> loop.State:
+) -> State:
     """Draws what is not given, from the prior's noise to finished tokens; pure, and so exported as a program.
 
     Args:
@@ -242,7 +244,7 @@ def _begin(chain: Chain, x_BxL: Array, given_BxL: Array, rng_B: Array) -> tuple[
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(chain: Chain, longest_prompt: int, frames: int, params, rng_B, x_BxL, given_BxL) -> loop.State:
+def _run(chain: Chain, longest_prompt: int, frames: int, params, rng_B, x_BxL, given_BxL) -> State:
     if chain.has_cache:
         return loop.cached(chain, params, rng_B, x_BxL, given_BxL, longest_prompt, frames)
     return loop.recomputed(chain, params, rng_B, x_BxL, given_BxL, frames)
@@ -250,13 +252,13 @@ def _run(chain: Chain, longest_prompt: int, frames: int, params, rng_B, x_BxL, g
 
 def steps(
     chain: Chain, params: dict, given: prompting.Given, rng_B: Array, every: int = 1
-) -> Iterator[tuple[int, loop.State]]:
+) -> Iterator[tuple[int, State]]:
     """`complete` in pieces: yields (generation step, state) at first and after every so many calls.
 
     The texts are those of `complete` with the same keys, up to the rounding of scores.
     """
     rng_B, x_BxL, given_BxL = _begin(chain, given.tokens, given.mask, rng_B)
-    state, run = loop.begin(chain, x_BxL, given_BxL), functools.partial(_some_calls, chain)
+    state, run = begin(chain, x_BxL, given_BxL), functools.partial(_some_calls, chain)
     yield 0, state
     if not chain.has_cache:
         for first, count in _pieces(0, chain.hs.num_steps, every):

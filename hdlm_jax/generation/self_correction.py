@@ -27,6 +27,7 @@ from hdlm_jax.generation.chain import Chain
 from hdlm_jax.generation.network import all_rows
 from hdlm_jax.generation.sampling import keys
 from hdlm_jax.models.parts import Parts
+from hdlm_jax.models.transformer import logits
 
 
 class Corrected(NamedTuple):
@@ -166,7 +167,9 @@ def _run(chain: Chain, temperature: float, noise: float, patience: int, limit: i
 
     def step(state: _State) -> _State:
         on_B = going(state)
-        logits_BxLxN = all_rows(chain, params, state.x, phase)[..., :N].astype(jnp.float32)
+        logits_BxLxN = logits(chain.config, params, all_rows(chain, params, state.x, phase))[..., :N].astype(
+            jnp.float32
+        )
         agrees_BxL = (jnp.argmax(logits_BxLxN, -1) == state.x) & free_BxL
         accuracy_B = agrees_BxL.sum(1) / jnp.maximum(free_BxL.sum(1), 1)
         better_B = on_B & (accuracy_B > state.accuracy[:, 1])

@@ -21,7 +21,7 @@ from hdlm_jax.errors import UserError
 from hdlm_jax.evaluation import perplexity
 from hdlm_jax.evaluation.perplexity import Bound
 from hdlm_jax.generation import sampling
-from hdlm_jax.generation.loop import Chain
+from hdlm_jax.generation.chain import Chain
 from hdlm_jax.models.parts import Parts
 from hdlm_jax.training import hosts, metrics, optimizer, profiler, replay, sharding, signals, state
 from hdlm_jax.training.checkpoints import Checkpoints

@@ -15,7 +15,7 @@ from hdlm_jax.diffusion import fields
 from hdlm_jax.errors import one_of, require
 from hdlm_jax.evaluation import perplexity
 from hdlm_jax.generation import sampling
-from hdlm_jax.generation.loop import Chain
+from hdlm_jax.generation.chain import Chain
 from hdlm_jax.models import parts as builders
 from hdlm_jax.models import passes, transformer
 from hdlm_jax.models.parts import Parts

@@ -21,7 +21,7 @@ def test_every_sampler_is_built_by_its_name_with_its_defaults(kind):
     eta = {"eta": 0.2} if kind in CORRECTING else {}
     rule = samplers.build(kind, process, reading, **eta)
     assert rule.name == kind
-    assert rule.skips == (kind in SAVING)
+    assert (rule.chance is not None and rule.draw is None) == (kind in SAVING)
     assert (rule.memory is not None) == (kind in ("remdm_conf", "mask_predict"))
     assert (rule.warp is not None) == (kind == "remdm_loop")
 

@@ -107,6 +107,13 @@ def generated(chain, params, origins=ORIGINS, rows=slice(None), cached=True, **o
     return jit(run)(params, *(x[rows] for x in inputs))
 
 
+def recomputed_scores(chain, params, x_BxL, given_BxL, step):
+    """The phase of a step, and the scores [B, L, V] of all rows."""
+    phase = network.recomputed_phase(chain, given_BxL, step)
+    hidden = network.recomputed_rows(chain, params, x_BxL, given_BxL, phase)
+    return phase, network.scores(chain, params, hidden)
+
+
 def score_every_step(chain, params, x_TxBxL, starts=ORIGINS, dtype=None):
     """Scores of every call's window, cached and recomputed [T, B, W, N], and which rows count [T, B, W]."""
     hs, given_BxL, settling = chain.hs, given(starts), settling_rows(chain)
@@ -120,8 +127,9 @@ def score_every_step(chain, params, x_TxBxL, starts=ORIGINS, dtype=None):
 
         def body(cache, inputs):
             step, x_BxL = inputs
-            fast, cache = network.window_logits(chain, per_block, cache, x_BxL, given_BxL, step, settling)
-            _, slow = network.recomputed_logits(chain, params, x_BxL, given_BxL, step)
+            hidden, cache = network.window_rows(chain, per_block, cache, x_BxL, given_BxL, step, settling)
+            fast = network.scores(chain, params, hidden)
+            _, slow = recomputed_scores(chain, params, x_BxL, given_BxL, step)
             relative_W = hs.window(step)[0] + jnp.arange(hs.width)
             place_BxW = origin_B[:, None] + relative_W[None]
             counts = (place_BxW < L) & (relative_W < hs.window(step)[1])[None]

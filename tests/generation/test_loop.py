@@ -13,6 +13,7 @@ from hdlm_jax.diffusion.hyperschedules import block, block_slide, flat, quenched
 from hdlm_jax.diffusion.rules import Move
 from hdlm_jax.generation import loop, network, segments
 from hdlm_jax.generation.chain import trailing_row
+from hdlm_jax.generation.state import frame_steps
 from hdlm_jax.models import cache as kv_cache
 from hdlm_jax.models.attention import KV
 from tests.generation.chains import (
@@ -33,6 +34,7 @@ from tests.generation.chains import (
     noised_texts,
     prior_texts,
     random_params,
+    recomputed_scores,
     score_every_step,
 )
 
@@ -66,7 +68,7 @@ def run_of(name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_along_a_run_cached_scores_are_recomputed_scores_and_what_the_loop_draws_from(name):
-    """So its nested scans are the plain chain of calls of `window_logits`."""
+    """So its nested scans are the plain chain of calls of `window_rows`."""
     chain, texts = RUNS[name], run_of(name)
     with jax.enable_x64():
         scores, counts = assert_scores_agree(chain, random_params(chain.config, jnp.float64), texts[:-1], 1e-11)
@@ -376,7 +378,7 @@ def test_a_record_keeps_the_tokens_after_every_few_calls_and_the_confidence_in_t
     with jax.enable_x64():
         params = random_params(chain.config, jnp.float64)
         frames = generated(chain, params, frames=5).frames
-    steps, T = loop.frame_steps(chain, 5), chain.hs.num_steps
+    steps, T = frame_steps(chain, 5), chain.hs.num_steps
     assert steps == [0, 3, 6, 9, T] and T == 11
     np.testing.assert_array_equal(frames.tokens, run_of("slide")[steps])
     unknown = np.isnan(frames.confidence)
@@ -389,7 +391,7 @@ def test_confidence_is_the_probability_of_the_token_or_of_the_likeliest_at_a_mas
     chain = greedy_absorb(block(L, 4, 2), "aligned")
     params = random_params(chain.config)
     frames = generated(chain, params, origins=(0, 0, 0)).frames
-    _, scores = network.recomputed_logits(chain, params, frames.tokens[0], given((0, 0, 0)), jnp.int32(0))
+    _, scores = recomputed_scores(chain, params, frames.tokens[0], given((0, 0, 0)), jnp.int32(0))
     p = np.asarray(jax.nn.softmax(scores[..., :N], -1))[:, :4]
     np.testing.assert_allclose(frames.confidence[1][:, :4], p.max(-1), rtol=1e-4)  # greedy: both are the likeliest
 
@@ -402,7 +404,7 @@ def test_calls_without_a_mask_to_fill_are_left_out(cached):
     chain = chain_of(block(L, 4, 1), process=ABSORB, sampler=rule, visibility=visibility)
     params = random_params(chain.config)
     state = generated(chain, params, cached=cached)
-    every = generated(chain._replace(rule=rule._replace(skips=False)), params, cached=cached)
+    every = generated(chain._replace(rule=rule._replace(chance=None)), params, cached=cached)
     assert (int(state.calls), int(every.calls)) == (3, chain.hs.num_steps)
     np.testing.assert_array_equal(state.frames.tokens, every.frames.tokens)
 

@@ -7,13 +7,24 @@ import pytest
 from hdlm_jax.diffusion import phases
 from hdlm_jax.diffusion.hyperschedules import flat
 from hdlm_jax.generation import network
-from tests.generation.chains import ABSORB, ORIGINS, L, N, chain_of, given, jit, noised_texts, random_params
+from tests.generation.chains import (
+    ABSORB,
+    ORIGINS,
+    L,
+    N,
+    chain_of,
+    given,
+    jit,
+    noised_texts,
+    random_params,
+    recomputed_scores,
+)
 
 STEP = jnp.int32(1)
 
 
 def scores(chain, params, x_BxL, given_BxL):
-    run = jit(lambda p, x, g: network.recomputed_logits(chain, p, x, g, STEP)[1])
+    run = jit(lambda p, x, g: recomputed_scores(chain, p, x, g, STEP)[1])
     scores_BxLxV = np.asarray(run(params, x_BxL, given_BxL))
     assert (scores_BxLxV[..., N:] == -np.inf).all()
     return scores_BxLxV[..., :N]
@@ -29,7 +40,8 @@ def test_guidance_weighs_scores_with_and_without_what_is_given(conditioning):
         level = lambda step: jnp.where(given_BxL, plain.hs.tau_max, plain.hs.levels_at(step)[None])
         phase = phases.at_step(jnp.full(3, STEP), jnp.zeros(3, int), L, plain.hs, plain.schedule, 1.0)
         phase = phase._replace(alpha_t=plain.alpha(level(STEP)))
-        without = np.asarray(jit(lambda p: network.all_rows(plain, p, masked_BxL, phase))(params))[..., :N]
+        rows = lambda p: network.scores(plain, p, network.all_rows(plain, p, masked_BxL, phase))
+        without = np.asarray(jit(rows)(params))[..., :N]
     else:
         without = scores(plain, params, masked_BxL, jnp.zeros_like(given_BxL))
     guided = scores(plain._replace(guidance=1.5), params, x_BxL, given_BxL)

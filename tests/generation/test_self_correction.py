@@ -9,7 +9,7 @@ from hdlm_jax.diffusion import hyperschedules, noise_schedules, phases
 from hdlm_jax.diffusion.categorical import categorical, with_temperature
 from hdlm_jax.errors import UserError
 from hdlm_jax.generation import self_correction
-from hdlm_jax.generation.network import all_rows
+from hdlm_jax.generation.network import all_rows, scores
 from tests.generation.chains import L, N, chain_of, keys, random_params
 from tests.models import tiny
 
@@ -40,11 +40,11 @@ def plain(setting, temperature):
     params, x_BxL, given_BxL = setting
     phase = phases.at_zero_plus((B, L), CHAIN.schedule, CHAIN.process.alpha_max)
     phase = phase._replace(alpha_t=jnp.full((B, L), 1 - NOISE))
-    scores = jax.jit(lambda x_BxL: all_rows(CHAIN, params, x_BxL, phase)[..., :N])
+    score = jax.jit(lambda x_BxL: scores(CHAIN, params, all_rows(CHAIN, params, x_BxL, phase))[..., :N])
     for i, (x_L, given_L) in enumerate(zip(np.array(x_BxL), np.array(given_BxL), strict=True)):
         best_L, best, first, stalled, calls = x_L, -1.0, None, 0, 0
         while stalled < PATIENCE and best < 1 and calls < 40:
-            scores_LxN = np.asarray(scores(np.broadcast_to(x_L, (B, L))))[0]
+            scores_LxN = np.asarray(score(np.broadcast_to(x_L, (B, L))))[0]
             accuracy = (scores_LxN.argmax(1) == x_L)[~given_L].mean()
             first = accuracy if first is None else first
             stalled = 0 if accuracy > best else stalled + 1

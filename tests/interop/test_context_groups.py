@@ -9,7 +9,8 @@ import pytest
 
 import hdlm_jax as hdlm
 from hdlm_jax.diffusion import visibility
-from hdlm_jax.generation import loop, network, sampling
+from hdlm_jax.generation import loop, sampling
+from tests.generation.chains import recomputed_scores
 
 ROW = np.arange(32)
 
@@ -37,7 +38,7 @@ def test_generation_runs_the_network_as_published(imported, goldens):
     chain = sampling.chain(model.parts, model.parts.hs, model.config.sampler)
     assert chain.hs.window(19) == (16, 24)  # their step 20 counts from 1
     x_BxL, given_BxL = jnp.asarray(io["tokens"], jnp.int32), jnp.zeros(io["tokens"].shape, bool)
-    step = jax.jit(lambda x, step: network.recomputed_logits(chain, model.params, x, given_BxL, step)[1])
+    step = jax.jit(lambda x, step: recomputed_scores(chain, model.params, x, given_BxL, step)[1])
     theirs = io["logits/m2_block8_step20_blockcausal_full"]
     np.testing.assert_allclose(step(x_BxL, jnp.int32(19))[:, :24, :96], theirs[:, :24, :96], atol=2e-5)
 

@@ -21,10 +21,10 @@ from scipy import stats
 from hdlm_jax import config as configs
 from hdlm_jax import lm
 from hdlm_jax.data import tokenizers
-from hdlm_jax.generation import network, sampling
+from hdlm_jax.generation import sampling
 from hdlm_jax.generation.chain import trailing_row
 from hdlm_jax.models import parts as builders
-from tests.generation.chains import random_params
+from tests.generation.chains import random_params, recomputed_scores
 
 HERE = all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
 PYTHON = os.environ.get("TORCH_PYTHON") or (sys.executable if HERE else "")
@@ -132,7 +132,7 @@ def test_scores_of_windows_agree(runs, name):
     chain, N = chain_of(model), model.parts.model.num_tokens
     tokens = jnp.asarray(inputs["tokens"], jnp.int32)
     given = jnp.zeros(tokens.shape, bool)
-    scores = jax.jit(network.recomputed_logits, static_argnums=0)
+    scores = jax.jit(recomputed_scores, static_argnums=0)
     for key in (key for key in inputs if key.startswith("window")):
         start, stop, _ = inputs[key]
         _, ours = scores(chain, model.params, tokens, given, jnp.array(int(key.split("_")[1])))

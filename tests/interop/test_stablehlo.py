@@ -11,10 +11,11 @@ import pytest
 
 import hdlm_jax as hdlm
 from hdlm_jax.__main__ import main
-from hdlm_jax.generation import network, sampling
+from hdlm_jax.generation import sampling
 from hdlm_jax.interop import stablehlo
 from hdlm_jax.models import layouts
 from hdlm_jax.models.transformer import forward, logits
+from tests.generation.chains import recomputed_scores
 from tests.models import tiny
 
 pytest.importorskip("flatbuffers", reason="jax.export files need the package flatbuffers")
@@ -72,7 +73,7 @@ def test_a_fresh_process_without_the_package_gives_the_same(exported, tmp_path):
     np.testing.assert_array_equal(found["sampler"], model.generate(prompts, seed=5).tokens)
     np.testing.assert_array_equal(found["sampler"][given], tokens[given])
     chain = sampling.chain(model.parts, model.parts.hs, model.config.sampler)
-    scores = jax.jit(network.recomputed_logits, static_argnums=0)
+    scores = jax.jit(recomputed_scores, static_argnums=0)
     phase, ours = scores(chain, model.params, jnp.asarray(noised), jnp.asarray(given), jnp.array(step))
     active = np.asarray(phase.alpha_s > phase.alpha_t)
     assert active.sum() > 16
