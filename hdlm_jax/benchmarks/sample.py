@@ -1,11 +1,11 @@
 """Speed of generation, against the same network without a cache and against quenched autoregression."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from ml_collections import ConfigDict
 
 from hdlm_jax.benchmarks.timing import seconds
@@ -13,10 +13,11 @@ from hdlm_jax.diffusion import hyperschedules
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
 from hdlm_jax.generation import loop, sampling, segments
 from hdlm_jax.generation.chain import Chain, settling_rows, trailing_row
+from hdlm_jax.generation.state import State
 from hdlm_jax.models import attention, cache, transformer
 from hdlm_jax.models import parts as builders
 
-RECOMPUTED_STEPS = 2  # steps of the loop without a cache that are timed; its cost per step does not change
+RECOMPUTED_STEPS = 2  # of the loop without a cache are timed, which leaves no call out: each costs the same
 
 
 def measure(
@@ -25,27 +26,31 @@ def measure(
     """Times generation of `batch` texts of hs.length tokens with random weights; `alone`, without its baselines.
 
     Returns:
-      tokens/s, model calls, milliseconds and rows per call, cache bytes, the share of a call spent in
-      attention over the cache (that attention alone, timed at the mean filling), and the speed relative to
-      recomputing all rows and to quenched generation with the same network.
+      tokens/s, steps of the hyperschedule and the model calls that they took, milliseconds and rows per call, cache
+      bytes, the share of a call spent in attention over the cache (that attention alone, timed at the mean filling),
+      and the speed relative to recomputing and scoring all rows at every step, and to quenched generation with the
+      same network.
     """
     parts, params = _network(config, num_tokens)
     chain = sampling.chain(parts, hs, config.sampler)
     texts, kept = batch * hs.length, jnp.dtype(chain.cache_dtype or parts.model.dtype)
     full = parts.model.visibility == "full"
-    time = seconds(_generation(chain, params, batch, hs.num_steps, full), repeats)
+    generate = _generation(chain, params, batch, hs.num_steps, full)
+    time, calls = seconds(generate, repeats), int(generate().calls)
     row = {
         "hyperschedule": hs.kind,
         "L": hs.length,
         "batch": batch,
         "width": hs.width,
         "rate": str(hs.rate),
-        "calls": hs.num_steps,
+        "steps": hs.num_steps,
+        "calls": calls,
         "tokens/s": texts / time,
-        "ms/call": 1e3 * time / hs.num_steps,
+        "ms/call": 1e3 * time / calls,
     }
     if not alone:
-        step = seconds(_generation(chain, params, batch, RECOMPUTED_STEPS, True), repeats) / RECOMPUTED_STEPS
+        plain = chain._replace(rule=chain.rule._replace(chance=None, draw=None))
+        step = seconds(_generation(plain, params, batch, RECOMPUTED_STEPS, True), repeats) / RECOMPUTED_STEPS
         row |= {"ms/call without cache": 1e3 * step, "x without cache": step * hs.num_steps / time}
     if full:
         return row | {"rows/call": hs.length}
@@ -55,7 +60,7 @@ def measure(
     row |= {
         "rows/call": rows,
         "cache bytes": cache.num_bytes(parts.model, batch, hs.length, kept),
-        "cache attention": attending / (time / hs.num_steps),
+        "cache attention": attending / (time / calls),
     }
     if alone:
         return row
@@ -71,7 +76,7 @@ def _network(config: ConfigDict, num_tokens: int) -> tuple[builders.Parts, dict]
     return parts, params
 
 
-def _generation(chain: Chain, params: dict, batch: int, steps: int, recomputed: bool):
+def _generation(chain: Chain, params: dict, batch: int, steps: int, recomputed: bool) -> Callable[[], State]:
     length = chain.hs.length
     rng_B = jax.random.split(jax.random.key(2), batch)
     x_BxL = jnp.full((batch, length), chain.process.mask, jnp.int32)
@@ -81,12 +86,12 @@ def _generation(chain: Chain, params: dict, batch: int, steps: int, recomputed: 
     return lambda: run(params, rng_B, x_BxL, given_BxL)
 
 
-def _cached(chain, params, rng_B, x_BxL, given_BxL) -> Array:
-    return loop.cached(chain, params, rng_B, x_BxL, given_BxL, longest_prompt=0).x
+def _cached(chain, params, rng_B, x_BxL, given_BxL) -> State:
+    return loop.cached(chain, params, rng_B, x_BxL, given_BxL, longest_prompt=0)
 
 
-def _recomputed(chain, steps, params, rng_B, x_BxL, given_BxL) -> Array:
-    return loop.recomputed(chain, params, rng_B, x_BxL, given_BxL, steps=steps).x
+def _recomputed(chain, steps, params, rng_B, x_BxL, given_BxL) -> State:
+    return loop.recomputed(chain, params, rng_B, x_BxL, given_BxL, steps=steps)
 
 
 def _cache_attention(model: transformer.TransformerConfig, batch: int, rows: int, slots: int):

@@ -84,11 +84,11 @@ def threshold(process: NoisingProcess, threshold: float = 0.9, reading: str | No
     """Commits every proposal that is probable enough, at least the even pace; saves the calls left without a mask.
 
     Raises:
-      UserError: a threshold outside (0, 1], a process other than absorb, a reading that it does not know.
+      UserError: a threshold outside (0, 1], a process whose tokens are not frozen, a reading that it does not know.
     """
     least = number("sampler.threshold", threshold, "a number in (0, 1]", lambda value: 0 < value <= 1)
     pace = Pace(_up, lambda sorted_W: (sorted_W >= least).sum())
-    return _ranked("threshold", process, reading, _proposal, pace, masks_only=True)
+    return _ranked("threshold", process, reading, _proposal, pace)
 
 
 def factor(process: NoisingProcess, factor: float = 1.0, reading: str | None = None) -> Rule:
@@ -97,7 +97,7 @@ def factor(process: NoisingProcess, factor: float = 1.0, reading: str | None = N
     At factor 1, greedy tokens committed together are those that one after another would be.
 
     Raises:
-      UserError: a factor that is not positive, a process other than absorb, a reading that it does not know.
+      UserError: a factor that is not positive, a process whose tokens are not frozen, a reading that it does not know.
     """
     factor = number("sampler.factor", factor, "a number above 0", lambda value: value > 0)
 
@@ -106,7 +106,7 @@ def factor(process: NoisingProcess, factor: float = 1.0, reading: str | None = N
         fits_W = (sorted_W >= 0) & ((place_W + 1) * (1 - sorted_W) <= factor)
         return jnp.cumprod(fits_W.astype(jnp.int32)).sum()
 
-    return _ranked("factor", process, reading, _proposal, Pace(_up, extra), masks_only=True)
+    return _ranked("factor", process, reading, _proposal, Pace(_up, extra))
 
 
 def first_hitting(process: NoisingProcess, reading: str | None = None) -> Rule:
@@ -115,9 +115,14 @@ def first_hitting(process: NoisingProcess, reading: str | None = None) -> Rule:
     Raises:
       UserError: a process other than absorb, a reading that it does not know.
     """
+    if process.epsilon > 0:
+        raise UserError(
+            f"sampler.kind: got 'first_hitting' with noising.kind {process.name!r}; allowed: 'confidence' and others"
+            " (its law is that of a process without shuffled tokens: absorb)"
+        )
     one = Pace(lambda shares: jnp.ones((), jnp.int32))
     nothing = lambda scores_WxN, x0_W: jnp.zeros(x0_W.shape)
-    return _ranked("first_hitting", process, reading, nothing, one, 1.0, masks_only=True)
+    return _ranked("first_hitting", process, reading, nothing, one, 1.0)
 
 
 def mask_predict(process: NoisingProcess, reading: str | None = None) -> Rule:
@@ -178,19 +183,17 @@ def _ranked(
     score: Callable[[Array, Array], Array],
     pace: Pace,
     order_temperature: float = 0.0,
-    masks_only: bool = False,
 ) -> Rule:
     require_frozen(name, process, reading)
-    if masks_only and process.epsilon > 0:
-        raise UserError(
-            f"sampler.kind: got {name!r} with noising.kind {process.name!r}; allowed: 'confidence' and others ({name}"
-            " ends when no mask is left, and the exact last step of shuffled tokens would be left out)"
-        )
     allowed = "a number >= 0 (0: no noise on the order)"
     heat = number("sampler.order_temperature", order_temperature, allowed, lambda value: value >= 0)
     draws = Resampling(process, 0.0, reading_of(process, reading), 0.0, exact_last=True)
-    masks = lambda rng, zt_W, move: Chance(move.changes & (zt_W == process.mask))
-    return Rule(name, partial(_commit, draws, score, pace, heat), chance=masks if masks_only else None)
+    return Rule(name, partial(_commit, draws, score, pace, heat), chance=partial(_may_draw, process))
+
+
+def _may_draw(process: NoisingProcess, rng: Array, zt_W: Array, move: Move) -> Chance:
+    """Masks, and tokens at their exact last call."""
+    return Chance(move.changes & (zt_W == process.mask) | _exactly_last(process, zt_W, move))
 
 
 def _commit(

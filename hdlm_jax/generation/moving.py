@@ -85,13 +85,11 @@ def row_counts(chain: Chain, width: int) -> tuple[int, ...]:
 def _alone(chain: Chain, params: dict, count: int, turn: Turn, x_BxL: Array, hidden: Hidden) -> Array:
     """The texts after the rows that draw have moved, each on its own; `count` of each text hold them all."""
     L, W = x_BxL.shape[1], turn.index_BxW.shape[1]
-    index_BxK, move, chance = jnp.where(turn.chance.draws, turn.index_BxW, L), turn.move, turn.chance
-    if count < W:
-        place_BxK = jax.vmap(lambda draws_W: jnp.nonzero(draws_W, size=count, fill_value=W)[0])(chance.draws)
-        pick = jax.vmap(lambda y_W, place_K: y_W.at[place_K].get(mode="clip"))
-        rows = (index_BxK, move, chance, hidden)
-        index_BxK, move, chance, hidden = jax.tree.map(lambda y: pick(y, place_BxK), rows)
-        index_BxK = jnp.where(place_BxK < W, index_BxK, L)
+    rows = (jnp.where(turn.chance.draws, turn.index_BxW, L), turn.move, turn.chance, hidden)
+    if count < W:  # filled up with the last row, which is dropped or drawn alike
+        place_BxK = jax.vmap(lambda draws_W: jnp.nonzero(draws_W, size=count, fill_value=W - 1)[0])(turn.chance.draws)
+        rows = jax.tree.map(lambda y: jax.vmap(lambda y_W, place_K: y_W[place_K])(y, place_BxK), rows)
+    index_BxK, move, chance, hidden = rows
     logits_BxKxV = chain.shape_logits(scores(chain, params, hidden), x_BxL)
     z_BxK = jax.vmap(chain.rule.draw)(chance, _at(x_BxL, index_BxK), logits_BxKxV, move)
     return _put(x_BxL, z_BxK, index_BxK)

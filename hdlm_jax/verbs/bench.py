@@ -6,6 +6,7 @@
   hdlm bench sample --kind block --width 16 --rate 2 --length 256 --batch 4
   hdlm bench sample --kind slide --width 16 --rate 1 2 4
   hdlm bench sample --length 256 2048 --batch 8 --alone
+  hdlm bench sample --kind flat --steps 64 256 1024 4096 --batch 1
   hdlm bench variance --run runs/mdlm
   hdlm bench samplers --run runs/epsilon --judge runs/ar --rate 1 2 4 8
   hdlm bench kill --times 20
@@ -84,6 +85,7 @@ def _sample_arguments(kind):
     kind.add_argument("--kind", default="block", help="quenched, flat, block or slide (default: block)")
     kind.add_argument("--width", type=int, nargs="+", default=[16], help="window rows (default: 16)")
     kind.add_argument("--rate", nargs="+", default=["2"], help="tokens settled per call (default: 2)")
+    kind.add_argument("--steps", type=int, nargs="+", default=[128], help="of flat (default: 128)")
     kind.add_argument("--length", type=int, nargs="+", default=[256], help="tokens per text (default: 256)")
     kind.add_argument("--batch", type=int, nargs="+", default=[4], help="texts at once (default: 4)")
     kind.add_argument("--alone", action="store_true", help="without the baselines, which long texts make slow")
@@ -98,7 +100,7 @@ def _sample(args) -> tuple[list[dict], str]:
     rows = []
     for length, batch in itertools.product(args.length, args.batch):
         if args.kind in ("quenched", "flat"):
-            settings = [{"steps": None} if args.kind == "quenched" else {"steps": 128}]
+            settings = [{"steps": steps} for steps in (args.steps if args.kind == "flat" else [None])]
         else:
             settings = [{"width": w, "rate": r} for w, r in itertools.product(args.width, args.rate)]
         for fields in settings:

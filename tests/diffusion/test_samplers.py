@@ -11,7 +11,7 @@ ABSORB, EPSILON_HYBRID = noising.absorb(N), noising.epsilon_hybrid(N, 0.2)
 GAMMA = noising.gamma_hybrid(N, 0.1)
 OF_SCORES = ("euler",)
 CORRECTING = ("acs", "acs_published")
-SAVING = ("threshold", "factor", "first_hitting")
+SAVING = ("confidence", "margin", "entropy", "threshold", "factor", "first_hitting")
 
 
 @pytest.mark.parametrize("kind", samplers.SAMPLERS)
@@ -48,8 +48,8 @@ def test_every_dial_is_a_field_of_the_experiment():
         ("confidence", noising.gidd(N, 0.1), {}, "sampler.kind: got 'confidence' with noising.kind 'gidd'"),
         ("mask_predict", noising.uniform(N), {}, "sampler.kind: got 'mask_predict'"),
         ("entropy", ABSORB, {"reading": "score"}, "sampler.kind: got 'entropy' for a network that learned scores"),
-        ("threshold", EPSILON_HYBRID, {}, "sampler.kind: got 'threshold'.*exact last step"),
-        ("first_hitting", EPSILON_HYBRID, {}, "sampler.kind: got 'first_hitting'.*exact last step"),
+        ("threshold", noising.gidd(N, 0.1), {}, "sampler.kind: got 'threshold'"),
+        ("first_hitting", EPSILON_HYBRID, {}, "sampler.kind: got 'first_hitting'.*without shuffled tokens"),
         ("remdm_cap", ABSORB, {"eta": -0.1}, "sampler.eta: got -0.1"),
         ("remdm_conf", ABSORB, {"eta": 0.1}, "sampler.eta"),
         ("remdm_switch", ABSORB, {"t_switch": 0}, r"sampler.t_switch: got 0; allowed: a number in \(0, 1\]"),

@@ -397,15 +397,16 @@ def test_confidence_is_the_probability_of_the_token_or_of_the_likeliest_at_a_mas
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "recomputed"])
-def test_calls_without_a_mask_to_fill_are_left_out(cached):
-    """At threshold 0+ every mask of a block is committed in its first call."""
-    rule = samplers.build("threshold", ABSORB, threshold=1e-6)
+@pytest.mark.parametrize(("process", "calls"), [(ABSORB, 3), (EPSILON_HYBRID, 6)], ids=["absorb", "epsilon_hybrid"])
+def test_calls_without_a_mask_to_fill_are_left_out(process, calls, cached):
+    """At threshold 0+ a block needs its first call, and for shuffled tokens its last."""
+    rule = samplers.build("threshold", process, threshold=1e-6)
     visibility = "prefix" if cached else "full"
-    chain = chain_of(block(L, 4, 1), process=ABSORB, sampler=rule, visibility=visibility)
+    chain = chain_of(block(L, 4, 1), process=process, sampler=rule, visibility=visibility)
     params = random_params(chain.config)
     state = generated(chain, params, cached=cached)
     every = generated(chain._replace(rule=rule._replace(chance=None)), params, cached=cached)
-    assert (int(state.calls), int(every.calls)) == (3, chain.hs.num_steps)
+    assert (int(state.calls), int(every.calls)) == (calls, chain.hs.num_steps)
     np.testing.assert_array_equal(state.frames.tokens, every.frames.tokens)
 
 
