@@ -119,7 +119,7 @@ def default() -> ConfigDict:
             "order_temperature": optional(float),  # confidence, margin, entropy: of the order; 0 takes the best (0)
             "threshold": optional(float),  # threshold: probability from which on tokens are committed, in (0, 1] (0.9)
             "factor": optional(float),  # factor: above 0; more commits more tokens a call (1)
-            "steps": 128,  # flat: model calls
+            "steps": 128,  # flat: a model call each at most
             "temperature": 1.0,
             "top_p": 1.0,
             "top_k": 0,  # 0 = off

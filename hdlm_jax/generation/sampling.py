@@ -32,7 +32,7 @@ class Generation:
       texts: one per sample, its prompt included, up to its end where texts may end.
       tokens: int32 [samples, L].
       lengths: int32 [samples], tokens of each text up to its end, which is counted.
-      calls: of the network.
+      calls: of the network; those in which nothing could change are left out.
       hyperschedule: the one used.
       trajectory: what generation passed through, or None.
       tokenizer: of the tokens.

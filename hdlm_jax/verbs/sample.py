@@ -35,7 +35,7 @@ DIALS = {
     "cache_dtype": (str, "of cached keys and values: 'float32' or 'bfloat16'"),
 }
 HYPERSCHEDULE = {
-    "steps": (int, "flat: model calls"),
+    "steps": (int, "flat: steps, a model call each at most"),
     "width": (int, "window rows"),
     "rate": (str, "tokens settled per call, '2' or '3/2'"),
     "block": (int, "block_slide: tokens in which the slide restarts"),

@@ -52,6 +52,13 @@ def test_equal_settings_are_one_chain():
     assert sampling.chain(parts, hyperschedules.slide(L, 4, 1), same) is not chain
 
 
+def test_a_hook_sees_all_rows_of_a_window():
+    """It may look at positions, as far as they have places in the window."""
+    (parts, sampler), hs = experiment(), hyperschedules.slide(L, 4, 2)
+    assert not sampling.chain(parts, hs, sampler).every_row
+    assert sampling.chain(parts, hs, sampler, hook=lambda logits_BxWxN, x_BxL: logits_BxWxN).every_row
+
+
 @pytest.mark.parametrize(
     ("overrides", "hs", "field"),
     [
