@@ -44,9 +44,10 @@ class Rule(NamedTuple):
         (None: the logits). Both may have the mask's column, which is left out. Positions that do not change keep
         token and memory.
       memory: what every position remembers at first; None for rules without memory, whose memory_W is None.
-      chance: (rng, zt_W, move) -> `Chance`: calls in which no position draws a token are left out. None: any may.
-      draw: (chance, zt_W, logits_WxV, move) -> zs_W, for rules that move every position on its own: `step` of all
-        positions or some, whose chance has been drawn. None: `step` it is.
+      chance: (rng, zt_W, move) -> `Chance`, what may draw a token, before the network is asked; a call in which nothing
+        does is left out. None: every call is made.
+      draw: (chance, zt_W, logits_WxV, move) -> zs_W, for rules that move every position on its own: the rest of
+        `step`, of all positions or some. None: `step` is one.
       warp: the noise schedule that it runs under, from the one trained under; None: the same.
     """
 
