@@ -1,8 +1,8 @@
 """Compiles an experiment for a TPU slice that is not here: does it fit, what does it hold, send and compute.
 
-  hdlm plan --config experiments/scale/epsilon.py:130m --topology v5e:4x4
-  hdlm plan --config experiments/scale/epsilon.py:8b --topology v5p:4x8x8 --mesh 4,64,1 --json plan.json
-  hdlm plan --config experiments/scale/epsilon.py:130m --topology v6e:16x16 --slices 2 --mesh 32,16,1
+  hdlm plan --config experiments/scale/epsilon.py:130m-v5e --topology v5e:4x4
+  hdlm plan --config experiments/scale/epsilon.py:8b-v5p --topology v5p:4x8x8 --mesh 4,64,1 --json plan.json
+  hdlm plan --config experiments/scale/epsilon.py:130m-v6e --topology v6e:16x16 --slices 2 --mesh 32,16,1
   hdlm plan --config experiments/quickstart.py --topology v5e:2x2 --what sample
 
 Needs libtpu (pip install 'hdlm_jax[launch]') and minutes, but no TPU. Generations: v4, v5e, v5p, v6e, tpu7x.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hdlm_jax import __version__
+from hdlm_jax import config as configs
 from hdlm_jax.__main__ import VERBS, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,3 +90,13 @@ def test_help_and_version_come_at_once(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert (caught.value.code, capsys.readouterr().out) == (0, f"hdlm_jax {__version__}\n")
+
+
+def test_every_experiment_in_a_documented_command_loads():
+    """An argument that no experiment knows is refused by `load`."""
+    texts = [ROOT / "README.md", *sorted((ROOT / "hdlm_jax" / "verbs").glob("*.py"))]
+    pattern = re.compile(r"experiments/[\w/]+\.py(?::[a-z0-9][\w.-]*)?")
+    named = {found for path in texts for found in pattern.findall(path.read_text())}
+    assert {"experiments/quickstart.py", "experiments/scale/epsilon.py:130m-v5e"} <= named
+    for experiment in sorted(named):
+        configs.load(str(ROOT / experiment))
