@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from hdlm_jax.benchmarks.timing import seconds
+from hdlm_jax.benchmarks.timing import seconds, timed
 from hdlm_jax.diffusion import hyperschedules
 from hdlm_jax.diffusion.hyperschedules import Hyperschedule
 from hdlm_jax.generation import loop, sampling, segments
@@ -35,8 +35,8 @@ def measure(
     chain = sampling.chain(parts, hs, config.sampler)
     texts, kept = batch * hs.length, jnp.dtype(chain.cache_dtype or parts.model.dtype)
     full = parts.model.visibility == "full"
-    generate = _generation(chain, params, batch, hs.num_steps, full)
-    time, calls = seconds(generate, repeats), int(generate().calls)
+    time, state = timed(_generation(chain, params, batch, hs.num_steps, full), repeats)
+    calls = int(state.calls)
     row = {
         "hyperschedule": hs.kind,
         "L": hs.length,

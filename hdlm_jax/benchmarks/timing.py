@@ -3,19 +3,26 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+
+Result = TypeVar("Result")
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:
     """Median seconds of a call that returns arrays, after one call that compiles."""
-    jax.block_until_ready(call())
-    times = []
+    return timed(call, repeats)[0]
+
+
+def timed(call: Callable[[], Result], repeats: int) -> tuple[float, Result]:
+    """`seconds`, and what the call returned."""
+    result, times = jax.block_until_ready(call()), []
     for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(call())
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times), result
 
 
 def table(rows: list[dict]) -> str:

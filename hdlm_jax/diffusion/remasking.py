@@ -145,7 +145,10 @@ def _chance(
 
 
 def _draw(draws: Resampling, chance: _Chance, zt_W: Array, logits_WxV: Array, move: Move) -> Array:
-    x0_W = proposed(draws, chance.proposal, zt_W, logits_WxV)
+    return _moved(draws, chance, zt_W, proposed(draws, chance.proposal, zt_W, logits_WxV))
+
+
+def _moved(draws: Resampling, chance: _Chance, zt_W: Array, x0_W: Array) -> Array:
     return jnp.where(chance.again, draws.process.mask, jnp.where(chance.draws, x0_W, zt_W))
 
 
@@ -162,10 +165,10 @@ def _step(
 ) -> tuple[Array, Any]:
     process = draws.process
     chance = _chance(draws, sigma, rng, zt_W, move, memory_W)
-    zs_W = _draw(draws, chance, zt_W, logits_WxV, move)
+    x0_W = proposed(draws, chance.proposal, zt_W, logits_WxV)
+    zs_W = _moved(draws, chance, zt_W, x0_W)
     if fresh is None:
         return zs_W, memory_W
-    x0_W = proposed(draws, chance.proposal, zt_W, logits_WxV)
     p_W = probability(logits_WxV if scores_WxV is None else scores_WxV, x0_W, process.num_tokens)
     remembered_W = jnp.where(zt_W == process.mask, p_W, memory_W)
     remembered_W = jnp.where(zs_W == process.mask, fresh, remembered_W)

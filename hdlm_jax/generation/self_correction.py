@@ -167,9 +167,8 @@ def _run(chain: Chain, temperature: float, noise: float, patience: int, limit: i
 
     def step(state: _State) -> _State:
         on_B = going(state)
-        logits_BxLxN = logits(chain.config, params, all_rows(chain, params, state.x, phase))[..., :N].astype(
-            jnp.float32
-        )
+        hidden_BxLxD = all_rows(chain, params, state.x, phase)
+        logits_BxLxN = logits(chain.config, params, hidden_BxLxD)[..., :N].astype(jnp.float32)
         agrees_BxL = (jnp.argmax(logits_BxLxN, -1) == state.x) & free_BxL
         accuracy_B = agrees_BxL.sum(1) / jnp.maximum(free_BxL.sum(1), 1)
         better_B = on_B & (accuracy_B > state.accuracy[:, 1])

@@ -6,7 +6,7 @@
   hdlm bench sample --kind block --width 16 --rate 2 --length 256 --batch 4
   hdlm bench sample --kind slide --width 16 --rate 1 2 4
   hdlm bench sample --length 256 2048 --batch 8 --alone
-  hdlm bench sample --kind flat --steps 64 256 1024 4096 --batch 1
+  hdlm bench sample --kind flat --steps 256 1024 4096 --batch 1 --config.sampler.kind=ancestral
   hdlm bench variance --run runs/mdlm
   hdlm bench samplers --run runs/epsilon --judge runs/ar --rate 1 2 4 8
   hdlm bench kill --times 20
