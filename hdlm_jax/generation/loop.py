@@ -69,8 +69,8 @@ def advance_recomputed(
         turn = moving.turn(chain, rng_B, step, state.x, index_BxL, move)
 
         def call(state: State) -> State:
-            hidden = recomputed_rows(chain, params, state.x, given_BxL, phase)
-            return moving.moved(chain, params, turn, state, hidden)
+            rows = recomputed_rows(chain, params, state.x, given_BxL, phase)
+            return moving.moved(chain, params, turn, state, rows)
 
         done = moving.finished(chain, step, state.x, given_BxL)
         state = _unless((done, moving.idle(chain, turn, state)), call, state)
@@ -105,7 +105,7 @@ def cached(
 
 def begin_cache(chain: Chain, params: dict, x_BxL: Array, longest_prompt: int, slots: int) -> kv_cache.Cache:
     """A cache that holds the prompts, with room for `slots` rows at least."""
-    dtype = chain.cache_dtype or (params["embedding"].dtype if chain.config.dtype == "float32" else chain.config.dtype)
+    dtype = chain.cache_dtype or chain.config.activations(params["embedding"].dtype)
     cache = kv_cache.empty(chain.config, x_BxL.shape[0], slots, dtype)
     if not longest_prompt:
         return cache
@@ -139,8 +139,9 @@ def advance_cached(
         def call(carry):
             state, cache = carry
             turn = moving.window_turn(chain, rng_B, step, state.x, given_BxL)
-            hidden, cache = window_rows(chain, params, cache, state.x, given_BxL, step, settling_rows(chain))
-            return moving.moved(chain, params, turn, state, hidden), cache
+            rows, settled = window_rows(chain, params, cache, state.x, given_BxL, step, settling_rows(chain))
+            state = moving.moved(chain, params, turn, state, rows)
+            return state, kv_cache.write(cache, *settled, after_B=state.x[:, 0])
 
         state, cache = _unless((done(carry[0], step),), call, carry)
         return (recorded(chain, frames, step, state), cache), None
@@ -155,8 +156,8 @@ def advance_cached(
             turn = moving.window_turn(chain, rng_B, step, state.x, given_BxL)
 
             def call(state: State) -> State:
-                hidden, _ = window_rows(chain, params, cache, state.x, given_BxL, step, settling=0)
-                return moving.moved(chain, params, turn, state, hidden)
+                rows, _ = window_rows(chain, params, cache, state.x, given_BxL, step, settling=0)
+                return moving.moved(chain, params, turn, state, rows)
 
             state = _unless((done(state, step), moving.idle(chain, turn, state)), call, state)
             return recorded(chain, frames, step, state), None

@@ -1,10 +1,10 @@
 """One call's move of its window: what is known before the network is asked, which rows are scored, what is drawn.
 
 Where a rule takes from chance which positions draw a token (`Rule.chance`), a call in which none does is left out, and
-in the others only the rows that draw are scored: the head of a large vocabulary is much of a call. The texts are the
-same, up to the rounding of scores.
+in the others only the rows that draw leave the network: the head of a large vocabulary is much of a call. The texts
+are the same, up to the rounding of scores.
 
-Letters as in generation/loop.py; K rows of each text are scored.
+Letters as in generation/loop.py; K rows of each text leave the network.
 """
 
 import functools
@@ -19,8 +19,9 @@ from jax import Array
 from hdlm_jax.diffusion.reverse import Chance
 from hdlm_jax.diffusion.rules import Move, probability
 from hdlm_jax.generation.chain import Chain, origins
-from hdlm_jax.generation.network import Hidden, scores
+from hdlm_jax.generation.network import Rows, scores
 from hdlm_jax.generation.state import State
+from hdlm_jax.models.transformer import rows_at
 
 SMALL_VOCABULARY = 1024  # of so many tokens the head costs less than choosing its rows
 
@@ -63,42 +64,43 @@ def window_turn(chain: Chain, rng_B: Array, step: Array, x_BxL: Array, given_BxL
     return turn(chain, rng_B, step, x_BxL, index_BxW, move)
 
 
-def moved(chain: Chain, params: dict, turn: Turn, state: State, hidden: Hidden) -> State:
-    """The state after a call whose window's rows left the network as `hidden`."""
+def moved(chain: Chain, params: dict, turn: Turn, state: State, rows: Rows) -> State:
+    """The state after a call whose window leaves the network as `rows`."""
     state = state._replace(calls=state.calls + 1)
     if chain.rule.draw is None or state.confidence is not None:
-        return _together(chain, params, turn, state, hidden)
+        return _together(chain, params, turn, state, rows)
     counts = row_counts(chain, turn.index_BxW.shape[1])
-    alone = [functools.partial(_alone, chain, params, count) for count in counts]
+    alone = [functools.partial(_alone, chain, params, rows, count) for count in counts]
     fits = jnp.searchsorted(jnp.array(counts), turn.chance.draws.sum(1).max())
-    return state._replace(x=jax.lax.switch(fits, alone, turn, state.x, hidden))
+    return state._replace(x=jax.lax.switch(fits, alone, turn, state.x))
 
 
 def row_counts(chain: Chain, width: int) -> tuple[int, ...]:
-    """How many rows of each text may be scored in a call: of these the fewest that hold all that draw."""
+    """How many rows of each text may leave the network in a call: of these the fewest that hold all that draw."""
     if chain.every_row or chain.config.num_tokens <= SMALL_VOCABULARY:
         return (width,)
-    few = 1 << max(0, math.ceil(math.log2(3 * chain.hs.rate)))  # a call settles `rate` tokens, and draws some more
-    return (*itertools.takewhile(lambda count: count < width, (few * 4**i for i in itertools.count())), width)
+    few = 1 << max(0, math.ceil(math.log2(2 * chain.hs.rate)))  # a call settles `rate` tokens, and draws some more
+    more = (2 * few * 4**i for i in itertools.count())
+    return (*itertools.takewhile(lambda count: count < width, itertools.chain([few], more)), width)
 
 
-def _alone(chain: Chain, params: dict, count: int, turn: Turn, x_BxL: Array, hidden: Hidden) -> Array:
+def _alone(chain: Chain, params: dict, rows: Rows, count: int, turn: Turn, x_BxL: Array) -> Array:
     """The texts after the rows that draw have moved, each on its own; `count` of each text hold them all."""
     L, W = x_BxL.shape[1], turn.index_BxW.shape[1]
-    rows = (jnp.where(turn.chance.draws, turn.index_BxW, L), turn.move, turn.chance, hidden)
+    place_BxK = None
     if count < W:  # filled up with the last row, which is dropped or drawn alike
         place_BxK = jax.vmap(lambda draws_W: jnp.nonzero(draws_W, size=count, fill_value=W - 1)[0])(turn.chance.draws)
-        rows = jax.tree.map(lambda y: jax.vmap(lambda y_W, place_K: y_W[place_K])(y, place_BxK), rows)
-    index_BxK, move, chance, hidden = rows
-    logits_BxKxV = chain.shape_logits(scores(chain, params, hidden), x_BxL)
+    drawn = (jnp.where(turn.chance.draws, turn.index_BxW, L), turn.move, turn.chance)
+    index_BxK, move, chance = jax.tree.map(lambda y: rows_at(y, place_BxK), drawn)
+    logits_BxKxV = chain.shape_logits(scores(chain, params, rows(place_BxK)), x_BxL)
     z_BxK = jax.vmap(chain.rule.draw)(chance, _at(x_BxL, index_BxK), logits_BxKxV, move)
     return _put(x_BxL, z_BxK, index_BxK)
 
 
-def _together(chain: Chain, params: dict, turn: Turn, state: State, hidden: Hidden) -> State:
+def _together(chain: Chain, params: dict, turn: Turn, state: State, rows: Rows) -> State:
     """The state after all rows of the windows have moved, whose positions may depend on each other."""
     index_BxW, move = turn.index_BxW, turn.move
-    scores_BxWxV = scores(chain, params, hidden)
+    scores_BxWxV = scores(chain, params, rows(None))
     shaped_BxWxV = chain.shape_logits(scores_BxWxV, state.x)
     memory_BxW = None if state.memory is None else _at(state.memory, index_BxW)
     columns = (_at(state.x, index_BxW), shaped_BxWxV, move, memory_BxW, scores_BxWxV)

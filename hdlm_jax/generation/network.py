@@ -3,6 +3,9 @@
 Letters as in generation/loop.py.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,11 +14,13 @@ from hdlm_jax.diffusion import phases, visibility
 from hdlm_jax.generation.chain import Chain, lone_row, origins, trailing_row
 from hdlm_jax.models import cache as kv_cache
 from hdlm_jax.models import layouts
+from hdlm_jax.models.attention import KV, dense
 from hdlm_jax.models.attention import cached as cached_attention
-from hdlm_jax.models.attention import dense
-from hdlm_jax.models.transformer import forward, logits, rotary_rows
+from hdlm_jax.models.rotary import rotary_rows
+from hdlm_jax.models.transformer import forward, forward_to_few, logits, rows_at
 
-Hidden = Array | tuple[Array, Array]  # [B, R, D] rows that leave the network; with guidance, a pair: see `scores`
+Hidden = Array | tuple[Array, Array]  # [B, K, D] rows that leave the network; with guidance, a pair: see `scores`
+Rows = Callable[[Array | None], Hidden]  # places in the window, int32 [B, K] (None: all of it) -> these rows
 
 
 def recomputed_phase(chain: Chain, given_BxL: Array, step: Array) -> phases.Phase:
@@ -28,14 +33,15 @@ def recomputed_phase(chain: Chain, given_BxL: Array, step: Array) -> phases.Phas
     return phase._replace(**dict(zip(("alpha_t", "alpha_s"), alphas, strict=True)), steps=moves)
 
 
-def recomputed_rows(chain: Chain, params: dict, x_BxL: Array, given_BxL: Array, phase: phases.Phase) -> Hidden:
-    """All rows of texts; their scores are meaningful at active positions."""
+def recomputed_rows(chain: Chain, params: dict, x_BxL: Array, given_BxL: Array, phase: phases.Phase) -> Rows:
+    """The rows of texts; their scores are meaningful at active positions."""
     if not chain.guidance:
-        return all_rows(chain, params, x_BxL, phase)
+        return partial(rows_at, all_rows(chain, params, x_BxL, phase))
     masked_BxL = jnp.where(given_BxL, chain.process.mask, x_BxL)
     noise = phase._replace(alpha_t=jnp.where(given_BxL, chain.alpha(chain.hs.tau_max), phase.alpha_t))
     both = jax.tree.map(lambda *x: jnp.concatenate(x), phase, noise)
-    return tuple(jnp.split(all_rows(chain, params, jnp.concatenate([x_BxL, masked_BxL]), both), 2))
+    pair = jnp.split(all_rows(chain, params, jnp.concatenate([x_BxL, masked_BxL]), both), 2)
+    return lambda place_BxK: tuple(rows_at(hidden, place_BxK) for hidden in pair)
 
 
 def scores(chain: Chain, params: dict, hidden: Hidden) -> Array:
@@ -75,11 +81,12 @@ def window_rows(
     given_BxL: Array,
     step: Array,
     settling: int,
-) -> tuple[Array, kv_cache.Cache]:
-    """Feeds `settling` rows before the window and the window; returns its rows [B, W, D] and the cache.
+) -> tuple[Rows, tuple[tuple[KV, ...], Array]]:
+    """Feeds `settling` rows before the window and the window; returns its rows, and what enters the cache.
 
-    Row layout: C settling rows, W window rows, one trailing row where it matters. Rows before position
-    0, past the text or past the window see only themselves.
+    What enters are the keys and values of settling rows, per block, and their slots [B, C]. Row layout: C settling
+    rows, W window rows, one trailing row where it matters. Rows before position 0, past the text or past the window
+    see only themselves.
     """
     config, hs, origin_B = chain.config, chain.hs, origins(chain, given_BxL)
     start, stop = hs.window(step)
@@ -103,22 +110,21 @@ def window_rows(
     slot_S = jnp.arange(kv_cache.num_slots(cache))
     filled_B = origin_B + start - settling
     past = visibility.active_sees_settled(filled_B[:, None, None], slot_S[None, None, :])
-    hidden, new = forward(
+    window = slice(settling, settling + W)
+    rows, new = forward_to_few(
         config,
         params,
         held_BxR,
         layouts.row_positions(config, row_BxR),
         cached_attention(past, visible),
+        window,
+        lambda place_BxK: cached_attention(past, rows_at(visible[:, window], place_BxK)),
         sigma_BxR=chain.sigma(alpha_BxR),
         rotary=rotary_rows(config, params, x_BxL.shape[1], layouts.row_positions(config, row_BxR)),
         past=cache,
-        return_kv=True,
     )
     entering = 1 if lone_row(chain) else settling
-    if entering:
-        rows = jax.tree.map(lambda x: x[:, :, :entering], new)
-        cache = kv_cache.write(cache, rows, row_BxR[:, :entering], after_B=hidden[:, 0, 0])
-    return hidden[:, settling : settling + W], cache
+    return rows, (jax.tree.map(lambda x: x[:, :, :entering], new), row_BxR[:, :entering])
 
 
 def prefill(chain: Chain, params: dict, cache: kv_cache.Cache, x_BxL: Array, longest_prompt: int) -> kv_cache.Cache:

@@ -29,14 +29,14 @@ def write(cache: Cache, new: Cache, slot_BxR: Array, after_B: Array | None = Non
     """Stores rows ([B, H, R, D] keys and values) at their slots; rows whose slot lies outside are dropped.
 
     Args:
-      after_B: a number per text that follows from every reading of the old cache. The writing then has to wait for
-        it, and XLA writes in place; else it may put a row into a later block before it has read an earlier one, and
-        copies the cache. A text whose number is NaN keeps its old rows.
+      after_B: int32, a number >= 0 per text that follows from every reading of the old cache. The writing then has
+        to wait for it, and XLA writes in place; else it may put a row into a later block before it has read an
+        earlier one, and copies the cache. A text whose number is below 0 keeps its old rows.
     """
     rows_B = jnp.arange(slot_BxR.shape[0])[:, None]
     dropped_BxR = slot_BxR < 0  # negative indices would wrap around
     if after_B is not None:
-        dropped_BxR |= jnp.isnan(after_B)[:, None]
+        dropped_BxR |= (after_B < 0)[:, None]
     slot_BxR = jnp.where(dropped_BxR, num_slots(cache), slot_BxR)
 
     def store(old, rows):

@@ -110,8 +110,8 @@ def generated(chain, params, origins=ORIGINS, rows=slice(None), cached=True, **o
 def recomputed_scores(chain, params, x_BxL, given_BxL, step):
     """The phase of a step, and the scores [B, L, V] of all rows."""
     phase = network.recomputed_phase(chain, given_BxL, step)
-    hidden = network.recomputed_rows(chain, params, x_BxL, given_BxL, phase)
-    return phase, network.scores(chain, params, hidden)
+    rows = network.recomputed_rows(chain, params, x_BxL, given_BxL, phase)
+    return phase, network.scores(chain, params, rows(None))
 
 
 def score_every_step(chain, params, x_TxBxL, starts=ORIGINS, dtype=None):
@@ -127,8 +127,9 @@ def score_every_step(chain, params, x_TxBxL, starts=ORIGINS, dtype=None):
 
         def body(cache, inputs):
             step, x_BxL = inputs
-            hidden, cache = network.window_rows(chain, per_block, cache, x_BxL, given_BxL, step, settling)
-            fast = network.scores(chain, params, hidden)
+            rows, settled = network.window_rows(chain, per_block, cache, x_BxL, given_BxL, step, settling)
+            fast = network.scores(chain, params, rows(None))
+            cache = kv_cache.write(cache, *settled)
             _, slow = recomputed_scores(chain, params, x_BxL, given_BxL, step)
             relative_W = hs.window(step)[0] + jnp.arange(hs.width)
             place_BxW = origin_B[:, None] + relative_W[None]

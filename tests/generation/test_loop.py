@@ -16,6 +16,7 @@ from hdlm_jax.generation.chain import trailing_row
 from hdlm_jax.generation.state import frame_steps
 from hdlm_jax.models import cache as kv_cache
 from hdlm_jax.models.attention import KV
+from hdlm_jax.models.transformer import rows_at
 from tests.generation.chains import (
     ABSORB,
     EPSILON_HYBRID,
@@ -335,8 +336,13 @@ def know_the_truth(monkeypatch, table, visibility):
         rows = jnp.zeros((len(tokens_BxR), config.heads, tokens_BxR.shape[1], config.head_size))
         return table[jnp.where(first, 0, 1), other, tokens_BxR], (KV(rows, rows),) * config.blocks
 
+    def forward_to_few(config, params, tokens_BxR, positions_BxR, attention, leaving, attention_of, **options):
+        hidden, kv = forward(config, params, tokens_BxR, positions_BxR, attention, **options)
+        return functools.partial(rows_at, hidden[:, leaving]), kv
+
     pad = ((0, 0), (0, 0), (0, 1))
     monkeypatch.setattr(network, "forward", forward)
+    monkeypatch.setattr(network, "forward_to_few", forward_to_few)
     monkeypatch.setattr(
         network, "logits", lambda config, params, scores: jnp.pad(scores, pad, constant_values=-jnp.inf)
     )

@@ -11,9 +11,19 @@ from safetensors.numpy import load_file
 from scipy.special import log_softmax
 
 from hdlm_jax.errors import UserError
-from hdlm_jax.models import transformer
+from hdlm_jax.models import block, transformer
 from hdlm_jax.models.attention import KV, cached, dense
-from hdlm_jax.models.transformer import Transformer, TransformerConfig, drop, forward, init, logits, unstacked
+from hdlm_jax.models.block import drop
+from hdlm_jax.models.transformer import (
+    Transformer,
+    TransformerConfig,
+    forward,
+    forward_to_few,
+    init,
+    logits,
+    rows_at,
+    unstacked,
+)
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 PUBLISHED = TransformerConfig(num_tokens=96, length=32, hidden=64, blocks=2, heads=4)
@@ -254,6 +264,30 @@ def test_rows_fed_in_two_calls_are_the_rows_fed_in_one(small, scanned, layout):
     assert {x.shape for x in jax.tree.leaves(past)} == {(*lead, *per_block)}
 
 
+@pytest.mark.parametrize("place", [None, [[2, 0], [1, 1]]], ids=["all", "few"])
+def test_a_few_rows_that_leave_are_those_of_all_that_are_fed(small, scanned, place):
+    """Beside earlier rows, conditioned; the keys and values are those of every row fed."""
+    params, tokens, positions, sigma = small
+    place_BxK = None if place is None else jnp.asarray(place)
+    cut = lambda a, b: (tokens[:, a:b], positions[:, a:b])
+    visible, leaving = jnp.broadcast_to(causal(R - 1), (B, R - 1, R - 1)), slice(2, R - 1)
+    few_see = lambda place_BxK: cached(None, rows_at(visible[:, leaving], place_BxK))
+
+    @jax.jit
+    def all_and_few(params):
+        params = unstacked(SMALL, params)
+        _, kv = forward(SMALL, params, *cut(0, 1), dense(), sigma_BxR=sigma[:, :1], return_kv=True)
+        given = {"sigma_BxR": sigma[:, 1:], "past": tuple(KV(jnp.swapaxes(kv.k, 2, 3), kv.v) for kv in kv)}
+        _, every = forward(SMALL, params, *cut(1, R), cached(None, visible), **given, return_kv=True)
+        rows, new = forward_to_few(SMALL, params, *cut(1, R), cached(None, visible), leaving, few_see, **given)
+        return every, new, rows(place_BxK)
+
+    every, new, hidden = all_and_few(params)
+    expected = rows_at(jnp.asarray(scanned[1][0][:, 3:]), place_BxK)
+    np.testing.assert_allclose(hidden, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), new, every)
+
+
 def test_dropout_needs_a_key_and_differs_by_key(small, scanned):
     params, tokens, positions, sigma = small
 
@@ -273,7 +307,7 @@ def test_dropout_needs_a_key_and_differs_by_key(small, scanned):
 
 def test_every_place_of_dropout_draws_its_own_mask(small):
     """With all of a block's branches the same, no two places drop the same elements."""
-    real = transformer.drop
+    real = block.drop
     params, tokens, positions, sigma = small
     attention = lambda q, k, v, past, dropout: dropout(q, 0) + dropout(q, 1)
 
@@ -285,7 +319,7 @@ def test_every_place_of_dropout_draws_its_own_mask(small):
             return real(rng, x, rate)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transformer, "drop", spy)
+            patch.setattr(block, "drop", spy)
             stack = unstacked(SMALL, params)
             forward(SMALL, stack, tokens, positions, attention, sigma_BxR=sigma, dropout_rng=rng)
         return seen
