@@ -1,12 +1,12 @@
 """What a compiled program does, read from the text its compiler dumps: loops, collectives, cycles, buffers.
 
-A loop's body counts as often as it runs. The text is that after code generation, where a collective may
-stand in several clones of one fusion: clones share a channel and count once.
+A loop's body counts as often as it runs, of a choice the branch of the most cycles. The text is that after code
+generation, where a collective may stand in several clones of one fusion: clones share a channel and count once.
 """
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter
 from typing import NamedTuple
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
@@ -29,6 +29,15 @@ class Instruction(NamedTuple):
         """The computation that an attribute names, as in `body=%region.1`."""
         found = re.search(rf"\b{name}=%([\w.-]+)", self.rest)
         return found and found.group(1)
+
+    def called(self) -> list[str]:
+        """The computations that it runs: a loop's body, a fusion's inside, all branches of a choice."""
+        several = re.search(r"branch_computations=\{(.*?)\}", self.rest)
+        if several:
+            return re.findall(r"%([\w.-]+)", several.group(1))
+        alone = ("body", "calls", "called_computation", "true_computation", "false_computation")
+        names = [self.attribute(name) for name in (*alone, *(["to_apply"] if self.op == "call" else []))]
+        return [name for name in names if name]
 
 
 class Collective(NamedTuple):
@@ -97,33 +106,30 @@ class Program:
 
     def __init__(self, text: str):
         self.parts, self.entry = computations(text)
-        self.runs: dict[str, int] = defaultdict(int)  # computations that are scheduled
-        self.fused: dict[str, int] = defaultdict(int)  # computations inside fusions
-        self._visit(self.entry, 1, self.runs)
+        self.runs, self.fused = self._visit(self.entry)  # computations that are scheduled; those inside fusions
 
-    def _visit(self, name: str, count: int, into: dict[str, int]) -> None:
-        into[name] += count
+    def _visit(self, name: str) -> tuple[Counter[str], Counter[str]]:
+        """How often one run of a computation runs others, itself included, and those inside fusions."""
+        runs, fused = Counter([name]), Counter()
         for i in self.parts.get(name, ()):
-            if i.op == "while":
-                repeats = count * trips(self.parts.get(i.attribute("condition") or "", []))
-                self._visit(i.attribute("body"), repeats, into)
-                continue
-            inside = self.fused if i.op == "fusion" else into
-            for attribute in ("calls", "called_computation", "true_computation"):
-                if i.attribute(attribute):
-                    self._visit(i.attribute(attribute), count, inside)
-            if i.op == "call" and i.attribute("to_apply"):
-                self._visit(i.attribute("to_apply"), count, into)
+            repeats = trips(self.parts.get(i.attribute("condition") or "", [])) if i.op == "while" else 1
+            inside = [self._visit(called) for called in i.called()]
             if i.op == "conditional":
-                for branch in re.findall(
-                    r"%([\w.-]+)", (re.search(r"branch_computations=\{(.*?)\}", i.rest) or [""])[0]
-                ):
-                    self._visit(branch, count, into)
+                inside = [max(inside, key=lambda branch: self._cycles(branch[0]))]
+            for more, more_fused in inside:
+                for called, count in more.items():
+                    (fused if i.op == "fusion" else runs)[called] += repeats * count
+                for called, count in more_fused.items():
+                    fused[called] += repeats * count
+        return runs, fused
 
     def cycles(self) -> float:
         """The compiler's own estimate of a step's cycles, without collectives and kernels."""
+        return self._cycles(self.runs)
+
+    def _cycles(self, runs: Counter[str]) -> float:
         found = 0.0
-        for name, count in self.runs.items():
+        for name, count in runs.items():
             for i in self.parts.get(name, ()):
                 estimate = re.search(r'"estimated_cycles":"(\d+)"', i.rest)
                 found += count * int(estimate.group(1)) if estimate else 0

@@ -56,6 +56,23 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 }
 """
 
+CHOICE = """HloModule jit_step, is_scheduled=true
+
+%idle (x: f32[4]) -> f32[4] {
+  ROOT %idle.x = f32[4]{0} fusion(%x), calls=%add, backend_config={"estimated_cycles":"1"}
+}
+
+%busy (x: f32[4]) -> f32[4] {
+  %ag = bf16[64,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  ROOT %busy.x = f32[4]{0} fusion(%ag), calls=%add, backend_config={"estimated_cycles":"7"}
+}
+
+ENTRY %main (x: f32[4], p: pred[], n: s32[]) -> f32[4] {
+  %first = f32[4]{0} conditional(%p, %x, %x), true_computation=%idle, false_computation=%busy
+  ROOT %last = f32[4]{0} conditional(%n, %first, %x, %x), branch_computations={%busy, %idle, %busy}
+}
+"""
+
 REPORT = """Memory Space: default (color=0)
 Total bytes: 400 (400B)
   cumulative_size;       size;       offset; used_by_n_values; shapes_list
@@ -67,6 +84,12 @@ Total bytes: 400 (400B)
 
 def test_cycles_count_as_often_as_their_loops_run():
     assert hlo.Program(TEXT).cycles() == 12 * (5 + 3 * 10)
+
+
+def test_of_a_choice_the_dearest_branch_counts():
+    program = hlo.Program(CHOICE)
+    assert program.cycles() == 7 + 7
+    assert [(one.kind, one.count) for one in program.collectives()] == [("all-gather", 2)]
 
 
 def test_collectives_count_once_per_channel_and_as_often_as_they_run():

@@ -37,6 +37,7 @@ class Device:
         (jax.grad(lambda a, b: jnp.square(a @ b).sum(), argnums=(0, 1)), (A, B), 3 * ONE),
         (jax.grad(jax.checkpoint(lambda a, b: jnp.sin(jnp.sin(a @ b) @ b.T).sum())), (A, B), 6 * ONE),
         (lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: jnp.zeros((2, 4))), (A, B), ONE),
+        (lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: a @ b @ b.T @ b), (A, B), 3 * ONE),
     ],
 )
 def test_counts_by_hand(function, arguments, expected):
