@@ -37,10 +37,10 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised input and added to the stream."""
+    """The block; `project` and `finish` are its halves before and after attention, for who needs them apart."""
 
     config: TransformerConfig
-    attention: Attention | None = None
+    attention: Attention | None = None  # of `__call__`
     return_kv: bool = False
 
     def setup(self):
