@@ -33,7 +33,7 @@ def measure(
     """
     parts, params = _network(config, num_tokens)
     chain = sampling.chain(parts, hs, config.sampler)
-    texts, kept = batch * hs.length, jnp.dtype(chain.cache_dtype or parts.model.dtype)
+    texts, kept = batch * hs.length, chain.cache_dtype or parts.model.activations(params["embedding"].dtype)
     full = parts.model.visibility == "full"
     time, state = timed(_generation(chain, params, batch, hs.num_steps, full), repeats)
     calls = int(state.calls)

@@ -98,7 +98,7 @@ def window_rows(
     live_BxR = (row_BxR >= 0) & (row_BxR < end_B[:, None])
     shift = config.prediction == "shifted"
     held = lambda y_BxL: jnp.take_along_axis(y_BxL, row_BxR - shift, 1, mode="clip")
-    held_BxR = held(x_BxL)
+    held_BxR, position_BxR = held(x_BxL), layouts.row_positions(config, row_BxR)
     if shift:
         held_BxR = jnp.where(row_BxR == 0, config.bos_id, held_BxR)
     window_R = offset_R >= 0
@@ -115,12 +115,12 @@ def window_rows(
         config,
         params,
         held_BxR,
-        layouts.row_positions(config, row_BxR),
+        position_BxR,
         cached_attention(past, visible),
         window,
         lambda place_BxK: cached_attention(past, rows_at(visible[:, window], place_BxK)),
         sigma_BxR=chain.sigma(alpha_BxR),
-        rotary=rotary_rows(config, params, x_BxL.shape[1], layouts.row_positions(config, row_BxR)),
+        rotary=rotary_rows(config, params, x_BxL.shape[1], position_BxR),
         past=cache,
     )
     entering = 1 if lone_row(chain) else settling

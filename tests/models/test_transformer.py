@@ -12,8 +12,8 @@ from scipy.special import log_softmax
 
 from hdlm_jax.errors import UserError
 from hdlm_jax.models import block, transformer
+from hdlm_jax.models import cache as kv_cache
 from hdlm_jax.models.attention import KV, cached, dense
-from hdlm_jax.models.block import drop
 from hdlm_jax.models.transformer import (
     Transformer,
     TransformerConfig,
@@ -277,7 +277,8 @@ def test_a_few_rows_that_leave_are_those_of_all_that_are_fed(small, scanned, pla
     def all_and_few(params):
         params = unstacked(SMALL, params)
         _, kv = forward(SMALL, params, *cut(0, 1), dense(), sigma_BxR=sigma[:, :1], return_kv=True)
-        given = {"sigma_BxR": sigma[:, 1:], "past": tuple(KV(jnp.swapaxes(kv.k, 2, 3), kv.v) for kv in kv)}
+        past = kv_cache.write(kv_cache.empty(SMALL, B, 1, jnp.float32), kv, jnp.zeros((B, 1), jnp.int32))
+        given = {"sigma_BxR": sigma[:, 1:], "past": past}
         _, every = forward(SMALL, params, *cut(1, R), cached(None, visible), **given, return_kv=True)
         rows, new = forward_to_few(SMALL, params, *cut(1, R), cached(None, visible), leaving, few_see, **given)
         return every, new, rows(place_BxK)
@@ -331,7 +332,7 @@ def test_every_place_of_dropout_draws_its_own_mask(small):
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.93])
 def test_dropout_keeps_the_mean_and_drops_at_its_rate(rate):
     x, count = jnp.asarray([[1.0, -3.0, 0.5]]), 40_000
-    dropped = np.asarray(drop(jax.random.key(0), jnp.broadcast_to(x, (count, 3)), rate), np.float64)
+    dropped = np.asarray(block.drop(jax.random.key(0), jnp.broadcast_to(x, (count, 3)), rate), np.float64)
     share = (dropped == 0).mean(0)
     assert (np.abs(share - rate) < 4 * (rate * (1 - rate) / count) ** 0.5).all()
     assert (np.abs(dropped.mean(0) - np.asarray(x)) < 4 * dropped.std(0) / count**0.5).all()
@@ -340,8 +341,8 @@ def test_dropout_keeps_the_mean_and_drops_at_its_rate(rate):
 
 def test_rates_next_to_0_and_1_still_drop_and_keep():
     ones = jnp.ones(1000)
-    assert bool(jnp.isfinite(drop(jax.random.key(0), ones, 1e-9)).all())
-    assert bool(jnp.isfinite(drop(jax.random.key(0), ones, 1 - 1e-9)).all())
+    assert bool(jnp.isfinite(block.drop(jax.random.key(0), ones, 1e-9)).all())
+    assert bool(jnp.isfinite(block.drop(jax.random.key(0), ones, 1 - 1e-9)).all())
 
 
 @pytest.mark.slow
